@@ -1,0 +1,1 @@
+"""Benchmarks: figures as ratios against an alternative measured in the same run."""

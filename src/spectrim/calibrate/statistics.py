@@ -1,0 +1,122 @@
+"""What is measured of a model on calibration text: sums over tokens, so that they add up over batches and processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+State = dict[str, Tensor]
+Where = Literal["input", "block", "sublayer", "gradient"]
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """One thing measured; `where`: at a linear's input, over a block, over its sub-layers, or on weight gradients."""
+
+    where: ClassVar[Where]
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether the whole model must be loaded and run backwards."""
+        return self.where == "gradient"
+
+    def start(self, width: int, device: torch.device) -> State:
+        """Empty sums."""
+        raise TypeError(f"{type(self).__name__} does not say how it starts")
+
+    def update(self, state: State, *values: Tensor) -> None:
+        """Add one batch to `state`."""
+        raise TypeError(f"{type(self).__name__} does not say how it is updated")
+
+    def result(self, state: State) -> Tensor:
+        """The statistic from its sums; by default the only one."""
+        (value,) = state.values()
+        return value
+
+
+@dataclass(frozen=True)
+class Gram(Statistic):
+    """G = Σ x xᵀ over tokens, in × in, float64: products too, for float32 ones lose directions beside outliers."""
+
+    where = "input"
+
+    def start(self, width: int, device: torch.device) -> State:
+        """A zero matrix."""
+        return {"gram": torch.zeros(width, width, dtype=torch.float64, device=device)}
+
+    def update(self, state: State, *values: Float[Tensor, "tokens in"]) -> None:
+        """Add Σ x xᵀ of a batch."""
+        x = values[0].double()
+        state["gram"].addmm_(x.T, x)
+
+
+@dataclass(frozen=True)
+class Norm(Statistic):
+    """Σ |x|^power over tokens for each input column, float64."""
+
+    power: Literal[1, 2] = 2
+    where = "input"
+
+    def start(self, width: int, device: torch.device) -> State:
+        """A zero vector."""
+        return {"sum": torch.zeros(width, dtype=torch.float64, device=device)}
+
+    def update(self, state: State, *values: Float[Tensor, "tokens in"]) -> None:
+        """Add the columns' sums of a batch."""
+        x = values[0].double()
+        state["sum"] += x.abs().sum(0) if self.power == 1 else x.square().sum(0)
+
+
+@dataclass(frozen=True)
+class Cosine(Statistic):
+    """Mean cosine of the residual stream before and after a block, over tokens; one number."""
+
+    where = "block"
+
+    def start(self, width: int, device: torch.device) -> State:
+        """Zero sums; `width` is the number of steps: 1 for a block."""
+        return {name: torch.zeros(width, dtype=torch.float64, device=device) for name in ("sum", "tokens")}
+
+    def update(self, state: State, *values: Float[Tensor, "tokens hidden"]) -> None:
+        """`values` are the states in order: before, (between,) after."""
+        for i, (before, after) in enumerate(zip(values, values[1:], strict=False)):
+            similarity = torch.nn.functional.cosine_similarity(before.double(), after.double(), dim=-1)
+            state["sum"][i] += similarity.sum()
+            state["tokens"][i] += similarity.numel()
+
+    def result(self, state: State) -> Float[Tensor, "steps"]:
+        """Sums over counts."""
+        return state["sum"] / state["tokens"]
+
+
+@dataclass(frozen=True)
+class SublayerCosine(Cosine):
+    """The same over each sub-layer of a block, attention and FFN: two numbers.
+
+    Only where the outputs of `o` and `down` add up to the block's output (not in post-norm or parallel blocks).
+    """
+
+    where = "sublayer"
+
+
+@dataclass(frozen=True)
+class FisherColumns(Statistic):
+    """Σ over sequences and outputs of (∂loss/∂W)², for each input column of a weight, float64.
+
+    The loss is the token-mean cross-entropy of one sequence (empirical Fisher, one gradient a sequence).
+    Source: FWSVD (arXiv 2207.00112), equation 2; its row is a column of a torch weight.
+    """
+
+    where = "gradient"
+
+    def start(self, width: int, device: torch.device) -> State:
+        """A zero vector."""
+        return {"sum": torch.zeros(width, dtype=torch.float64, device=device)}
+
+    def update(self, state: State, *values: Float[Tensor, "out in"]) -> None:
+        """Add one sequence's gradient."""
+        state["sum"] += values[0].double().square().sum(0)

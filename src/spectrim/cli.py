@@ -1,0 +1,301 @@
+"""The command line: parses, calls, prints; no logic. Heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    help="Make language models smaller by low-rank decomposition.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out_console = Console()
+err_console = Console(stderr=True)
+
+Model = Annotated[str, typer.Argument(help="Model directory, hub name, or `reference` (the bundled model).")]
+Out = Annotated[Path, typer.Option("--out", help="Directory to write.")]
+RecipeName = Annotated[str, typer.Option("--recipe", help="Recipe name (see `spectrim methods`) or YAML file.")]
+Ratio = Annotated[float | None, typer.Option("--ratio", help="Fraction of the targets' parameters to remove.")]
+Text = Annotated[
+    list[str] | None, typer.Option("--text", help="Text file or dataset; repeat for a mixture, NAME=WEIGHT.")
+]
+Sequences = Annotated[int | None, typer.Option("--sequences", help="Calibration windows.")]
+Length = Annotated[int | None, typer.Option("--length", help="Tokens in a calibration window.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Of the choice of calibration windows.")]
+Device = Annotated[str, typer.Option("--device", help="Where blocks are run and factorised.")]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="Cast weights to it (float32, bfloat16, …).")]
+Format = Annotated[str | None, typer.Option("--format", help="plain (as published) or pivot (fewer numbers).")]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="Any key of the recipe: a.b=c.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a filled output directory.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with a checkpoint.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+
+logger = logging.getLogger("spectrim")
+
+
+@contextmanager
+def _failures() -> Iterator[None]:
+    """Bad input as one message: exit code 2 for what was asked, 1 for what failed."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)
+    try:
+        yield
+    except Exception as error:
+        from spectrim.core.store import StoreError
+        from spectrim.recipe import RecipeError
+
+        if not isinstance(error, (ValueError, TypeError, OSError, ImportError, RuntimeError, StoreError)):
+            raise
+
+        err_console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        if os.environ.get("SPECTRIM_TRACEBACK"):
+            raise
+        raise typer.Exit(2 if isinstance(error, RecipeError) else 1) from error
+    except KeyboardInterrupt:
+        err_console.print("interrupted; no output was written, and finished work is kept for the next run")
+        raise typer.Exit(130) from None
+
+
+@contextmanager
+def _bars() -> Iterator[Any]:
+    """A progress callback that draws one bar a stage on a terminal, and nothing elsewhere."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left"),
+    )  # fmt: skip
+    bars: dict[str, Any] = {}
+    with Progress(*columns, console=err_console, disable=not err_console.is_terminal) as shown:
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if stage not in bars:
+                bars[stage] = shown.add_task(stage, total=total)
+            shown.update(bars[stage], completed=done, total=total)
+
+        yield progress
+
+
+def _dtype(name: str | None) -> Any:
+    import torch
+
+    if name is None or name == "auto":
+        return None
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"--dtype {name}: not a floating-point dtype of torch; try float32, bfloat16 or float16")
+    return dtype
+
+
+def _print_json(data: Any) -> None:
+    sys.stdout.write(json.dumps(data, indent=1) + "\n")
+
+
+def _recipe(recipe: str, ratio: float | None, format: str | None, settings: list[str] | None, **calibrate: Any) -> Any:
+    from spectrim import recipe as recipes
+
+    return recipes.build(recipe, {"ratio": ratio, "format": format, **calibrate}, settings or [])
+
+
+@app.command()
+def compress(
+    model: Model,
+    out: Out,
+    recipe: RecipeName = "default",
+    ratio: Ratio = None,
+    text: Text = None,
+    sequences: Sequences = None,
+    length: Length = None,
+    seed: Seed = None,
+    work: Annotated[Path | None, typer.Option("--work", help="Where finished work is kept (default OUT.work).")] = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    format: Format = None,
+    overwrite: Overwrite = False,
+    trust_remote_code: Trust = False,
+    set_: Settings = None,
+    as_json: Json = False,
+) -> None:
+    """Compress MODEL into a smaller checkpoint that plain transformers loads."""
+    with _failures(), _bars() as progress:
+        asked = _recipe(recipe, ratio, format, set_, sequences=sequences, length=length, seed=seed)
+        from spectrim import pipeline
+
+        result = pipeline.compress(
+            model, asked, text=text, out=out, work=work, device=device, dtype=_dtype(dtype), overwrite=overwrite,
+            trust_remote_code=trust_remote_code, progress=progress,
+        )  # fmt: skip
+    if as_json:
+        _print_json({**result.summary, "run": result.run})
+        return
+    _print_result(result)
+
+
+def _print_result(result: Any) -> None:
+    counts = result.summary["parameters"]
+    table = Table("", "before", "after", "removed", title=str(result.directory))
+    for name in ("targets", "total"):
+        before, after = counts[f"{name}_before"], counts[f"{name}_after"]
+        table.add_row(f"{name} (parameters)", f"{before:,}", f"{after:,}", f"{1 - after / before:.2%}")
+    out_console.print(table)
+    for note in _grouped(result.plan.notes):
+        err_console.print(note, highlight=False)
+
+
+def _grouped(notes: Any) -> list[str]:
+    """Notes with one reason a line, and how many modules it holds for."""
+    reasons: dict[str, list[str]] = {}
+    for note in notes:
+        name, _, reason = note.partition(": ")
+        reasons.setdefault(reason, []).append(name)
+    return [f"{reason}: {len(names)} modules, such as {names[0]}" for reason, names in reasons.items()]
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    text: Annotated[str | None, typer.Option("--text", help="Text file or dataset.")] = None,
+    window: Annotated[int | None, typer.Option("--window", help="Tokens in a window.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="The first N windows only.")] = None,
+    reference: Annotated[str | None, typer.Option("--reference", help="Dense model: adds the KL to it.")] = None,
+    speed: Annotated[bool, typer.Option("--speed", help="Prefill and decode against the dense model.")] = False,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="Start of the generated sample.")] = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Perplexity, parameters and bytes of a model; with --reference the KL, with --speed the speed."""
+    with _failures(), _bars() as progress:
+        from spectrim import commands
+
+        report = commands.evaluate(
+            model, text, window, limit, reference, speed, prompt, device, _dtype(dtype), trust_remote_code, progress
+        )
+    if as_json:
+        _print_json(report)
+        return
+    table = Table("measure", "value", title=model)
+    for name, value in report.items():
+        table.add_row(name, json.dumps(value) if isinstance(value, dict) else str(value))
+    out_console.print(table)
+
+
+@app.command()
+def plan(
+    model: Model,
+    recipe: RecipeName = "default",
+    ratio: Ratio = None,
+    sequences: Sequences = None,
+    length: Length = None,
+    format: Format = None,
+    device: Device = "cpu",
+    trust_remote_code: Trust = False,
+    set_: Settings = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a run would do and need, before anything heavy."""
+    with _failures():
+        asked = _recipe(recipe, ratio, format, set_, sequences=sequences, length=length)
+        from spectrim.estimate import estimate
+
+        found = estimate(model, asked, device, trust_remote_code)
+    data = found.to_json()
+    if as_json:
+        _print_json(data)
+        return
+    table = Table("module", "role", "out × in", "becomes")
+    for row in data["targets"]:
+        choice = row["choice"]
+        becomes = "dense" if found.plan else "decided after calibration"
+        if choice:
+            becomes = ", ".join([*choice["formats"].values(), *(f"{k} {v}" for k, v in choice["counts"].items())])
+        table.add_row(row["name"], row["role"], f"{row['out']} × {row['in']}", becomes)
+    out_console.print(table)
+    for note in _grouped(data["notes"]):
+        err_console.print(note, highlight=False)
+    sums = Table("", "")
+    for name, count in data["parameters"].items():
+        sums.add_row(name, f"{count:,}")
+    sums.add_row("peak memory, estimated", f"{sum(data['peak_memory_bytes'].values()) / 1e9:.2f} GB")
+    sums.add_row("disk, output / work", " / ".join(f"{data['disk_bytes'][k] / 1e9:.2f} GB" for k in ("output", "work")))
+    out_console.print(sums)
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="A compressed model directory.")],
+    out: Out,
+    format: Annotated[str, typer.Option("--format", help="dense: plain weights that anything loads.")] = "dense",
+    dtype: Dtype = None,
+) -> None:
+    """Write a compressed model in a form that needs nothing of ours."""
+    with _failures():
+        if format != "dense":
+            raise ValueError(f"--format {format}: known is dense")
+        from spectrim.model.export import export_dense
+
+        export_dense(model, out, _dtype(dtype))
+    out_console.print(f"dense weights written to {out}")
+
+
+@app.command()
+def methods(as_json: Json = False) -> None:
+    """List the recipes, decomposers and allocators."""
+    with _failures():
+        from spectrim import recipe as recipes
+        from spectrim.core import registry
+
+        tables = {
+            "recipe": recipes.shipped(),
+            "decomposer": {n: (c.__doc__ or "").split("\n")[0] for n, c in registry.decomposers().items()},
+            "allocator": {n: (c.__doc__ or "").split("\n")[0] for n, c in registry.allocators().items()},
+        }
+    if as_json:
+        _print_json(tables)
+        return
+    table = Table("kind", "name", "what")
+    for kind, rows in tables.items():
+        for name, about in rows.items():
+            table.add_row(kind, name, about)
+    out_console.print(table)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path | None, typer.Option("--out", help="Keep the compressed model here.")] = None,
+    ratio: Annotated[float, typer.Option("--ratio", help="Fraction of the targets' parameters to remove.")] = 0.2,
+    as_json: Json = False,
+) -> None:
+    """Compress the bundled model, measure it before and after, and let both write."""
+    with _failures(), _bars() as progress:
+        from spectrim import commands
+
+        report = commands.demo(out, ratio, progress)
+    if as_json:
+        _print_json(report)
+        return
+    table = Table("", "dense", "compressed", title=f"reference model, {ratio:.0%} of its target parameters removed")
+    for name in ("parameters", "bytes", "perplexity", "nll", "kl"):
+        table.add_row(name, *(_shown(report[side].get(name)) for side in ("dense", "compressed")))
+    out_console.print(table)
+    for side in ("dense", "compressed"):
+        out_console.print(f"[bold]{side}[/bold] {report[side]['sample']}\n", highlight=False)
+    out_console.print(report["protocol"], highlight=False)
+
+
+def _shown(value: float | int | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"

@@ -1,0 +1,114 @@
+"""Pure functions on matrices: weighted low-rank directions, and the pivot form of a rank-r product."""
+
+from __future__ import annotations
+
+import scipy.linalg
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Metric = Float[Tensor, "in in"] | Float[Tensor, "in"] | None
+
+
+def directions(weight: Float[Tensor, "out in"], metric: Metric) -> tuple[Float[Tensor, "out k"], Float[Tensor, "k"]]:
+    """Orthonormal output directions U and their energies λ, best first, k = min(out, in): W′ = U_r U_rᵀ W.
+
+    W′ minimises tr((W − W′) M (W − W′)ᵀ) over all matrices of rank r, for every r, and that error is Σ_{i ≥ r} λ_i:
+    the U_i are the eigenvectors of W M Wᵀ (Eckart-Young on W M^½). M is None (identity), a diagonal, or a symmetric
+    positive semidefinite matrix, which may be singular: it is neither factored nor inverted. Everything in float64;
+    the one `eigh` is on the smaller side (for out > in that of R M Rᵀ, W = Q R). Signs: each column's entry of
+    largest magnitude is positive.
+    """
+    weight = weight.double()
+    out_features, in_features = weight.shape
+    if out_features <= in_features:
+        energies, vectors = torch.linalg.eigh(_sandwich(weight, metric))
+        left = vectors.flip(1)
+    else:
+        reflectors, scales = torch.geqrf(weight)
+        energies, vectors = torch.linalg.eigh(_sandwich(reflectors[:in_features].triu(), metric))
+        padded = weight.new_zeros(out_features, in_features)
+        padded[:in_features] = vectors.flip(1)
+        left = torch.ormqr(reflectors, scales, padded)
+    largest = left.gather(0, left.abs().argmax(0, keepdim=True))
+    return left * torch.where(largest < 0, -1.0, 1.0), energies.flip(0).clamp_min(0)
+
+
+def _sandwich(weight: Float[Tensor, "out in"], metric: Metric) -> Float[Tensor, "out out"]:
+    if metric is None:
+        return weight @ weight.T
+    metric = metric.to(weight)
+    return (weight * metric if metric.ndim == 1 else weight @ metric) @ weight.T
+
+
+def pivot_rows(
+    left: Float[Tensor, "out r"], right: Float[Tensor, "r in"], dtype: torch.dtype
+) -> tuple[Float[Tensor, "r in"], Float[Tensor, "rest r"], Int[Tensor, "out"]]:
+    """(base, mix, order) with (left · right)[order] = [base; mix · base]: r(out + in) − r² numbers, without loss.
+
+    The r rows of the base are chosen by pivoted QR of leftᵀ, then exchanged until no entry of mix exceeds 2 in
+    magnitude. `left` needs full column rank; `right` may be rank deficient. base is rounded to `dtype` first and mix
+    corrected for it: of mix · base, that part is refitted which the rounding disturbed. Returned in float64; base
+    holds values of `dtype`. Source: PIFA (arXiv 2501.19090); the exchange is Gu and Eisenstat's (1996).
+    """
+    left, right = left.double(), right.double()
+    out_features, rank = left.shape
+    # columns scaled to one norm: the choice must not depend on how a direction's size is split between the factors
+    basis = torch.linalg.qr(left).Q
+    _, _, chosen = scipy.linalg.qr(basis.T.cpu().numpy(), mode="economic", pivoting=True, check_finite=False)
+    order = torch.as_tensor(chosen, dtype=torch.int64, device=left.device)
+    mix = torch.linalg.solve(basis[order[:rank]], basis[order[rank:]], left=False)
+    order, mix = _exchange(order, mix, rank, bound=2.0)
+    product = left @ right
+    base = product[order[:rank]].to(dtype).double()
+    if dtype != torch.float64 and mix.numel():
+        # an eighth of the rounding step is where refitting noise began to raise mix above the bound
+        mix = _refit(mix, base, product[order[rank:]], floor=max((torch.finfo(dtype).eps / 8) ** 2, 1e-14))
+    return base, mix, order
+
+
+def _exchange(
+    order: Int[Tensor, "out"], mix: Float[Tensor, "rest r"], rank: int, bound: float
+) -> tuple[Int[Tensor, "out"], Float[Tensor, "rest r"]]:
+    """Swap a mixed row with a pivot while an entry of mix exceeds `bound`: each swap grows the base's volume by it."""
+    while mix.numel():
+        flat = int(mix.abs().argmax())
+        i, j = divmod(flat, rank)
+        size = mix[i, j].clone()
+        if size.abs() <= bound:
+            break
+        # row i becomes pivot j: x_i = Σ_k mix_ik p_k, solved for p_j
+        row, column = mix[i].clone(), mix[:, j].clone()
+        mix = mix - torch.outer(column, row) / size
+        mix[:, j] = column / size
+        mix[i] = -row / size
+        mix[i, j] = 1 / size
+        order[[j, rank + i]] = order[[rank + i, j]]
+    return order, mix
+
+
+def _refit(
+    mix: Float[Tensor, "rest r"], base: Float[Tensor, "r in"], wanted: Float[Tensor, "rest in"], floor: float
+) -> Float[Tensor, "rest r"]:
+    """mix plus the least-squares answer to what it misses, along directions of the base above its rounding noise.
+
+    floor: the energy, as a share of the largest, below which a direction is noise and is not fitted.
+    """
+    energies, vectors = torch.linalg.eigh(base @ base.T)
+    keep = energies > energies.max().clamp_min(torch.finfo(torch.float64).tiny) * floor
+    vectors, energies = vectors[:, keep], energies[keep]
+    missed = (wanted - mix @ base) @ base.T
+    return mix + (missed @ vectors / energies) @ vectors.T
+
+
+def pivot_columns(
+    left: Float[Tensor, "out r"], right: Float[Tensor, "r in"], dtype: torch.dtype
+) -> tuple[Float[Tensor, "out r"], Float[Tensor, "r rest"], Int[Tensor, "in"]]:
+    """(base, mix, order) with (left · right)[:, order] = base · [I, mix]: the column-side pivot form.
+
+    z = x_P + mix · x_rest, y = base · z. Same size and guarantees as `pivot_rows`; `right` needs full row rank for
+    the choice to be of its own rows, else they are completed orthonormally.
+    """
+    basis = torch.linalg.qr(right.double().T)
+    base, mix, order = pivot_rows(basis.Q, basis.R @ left.double().T, dtype)
+    return base.T.contiguous(), mix.T.contiguous(), order

@@ -1,0 +1,179 @@
+"""What can be compressed, what is possible for it, what was picked: Target, Units, Candidate, Choice, Plan."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Kind = Literal["rank", "channel", "head", "entry"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One weight matrix: `module` computes y = W x with W of out_features × in_features.
+
+    `input` is the key of the activation it reads: parts with one key read the same tensor, so share statistics.
+    """
+
+    module: str
+    out_features: int
+    in_features: int
+    input: str
+
+    @property
+    def parameters(self) -> int:
+        """Entries of the dense matrix."""
+        return self.out_features * self.in_features
+
+
+@dataclass(frozen=True)
+class Target:
+    """Something that can be compressed: one matrix, or several that shrink together; `blocks` are their indices."""
+
+    name: str
+    role: str
+    blocks: tuple[int, ...]
+    parts: tuple[Part, ...]
+
+    @property
+    def parameters(self) -> int:
+        """Entries of the dense matrices of all parts."""
+        return sum(part.parameters for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Units:
+    """Removable pieces of one kind, best first.
+
+    scores: larger = keep. errors: what removing each adds to Σ‖y − y′‖² at the target's output over the calibration
+    tokens, or None where the method cannot say. cost: parameters of each, one number for all or one for each.
+    """
+
+    kind: Kind
+    scores: Float[Tensor, "n"]
+    errors: Float[Tensor, "n"] | None
+    cost: int | Int[Tensor, "n"]
+
+    @property
+    def costs(self) -> Int[Tensor, "n"]:
+        """Parameters of every unit."""
+        if isinstance(self.cost, int):
+            return torch.full(self.scores.shape, self.cost, dtype=torch.int64)
+        return self.cost
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one target becomes: the format of each of its modules, and how many units of each kind stay.
+
+    `bias` says that the modules get a bias which the dense ones lacked.
+    """
+
+    formats: Mapping[str, str]
+    counts: Mapping[str, int]
+    error: float | None = None
+    bias: bool = False
+
+
+def balance(
+    left: Float[Tensor, "out r"], right: Float[Tensor, "r in"]
+) -> tuple[Float[Tensor, "out r"], Float[Tensor, "r in"]]:
+    """The same product with each direction's norm split evenly between its two vectors; a zero direction stays."""
+    a, b = left.norm(dim=0), right.norm(dim=1)
+    scale = torch.where((a > 0) & (b > 0), torch.sqrt(b / a), torch.ones_like(a))
+    return left * scale, right / scale[:, None]
+
+
+Tensors = Callable[[], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What is possible for one target: an ordered list of units, and readers of the tensors behind them.
+
+    `tensors()` holds what the method keeps (for rank units `left`, out × n orthonormal columns, best first, and
+    `right` only where it is not leftᵀ W); `weights()` the dense matrices by module name. Both are read when asked.
+    """
+
+    target: Target
+    units: tuple[Units, ...]
+    tensors: Tensors
+    weights: Tensors
+    format: str = "low_rank"
+    fixed_cost: int = 0
+
+    @property
+    def rank_units(self) -> Units:
+        """The spectrum."""
+        return next(units for units in self.units if units.kind == "rank")
+
+    def first(self, parameters: int) -> Choice:
+        """The best units, in their order, that `parameters` pay for."""
+        units = self.units[0]
+        spent = self.fixed_cost + torch.cumsum(units.costs, 0)
+        count = int((spent <= parameters).sum())
+        error = None if units.errors is None else float(units.errors[count:].sum())
+        return Choice({part.module: self.format for part in self.target.parts}, {units.kind: count}, error)
+
+    def fit(self, parameters: int) -> Choice:
+        """The best choice known for `parameters`; here the same as `first`."""
+        return self.first(parameters)
+
+    def cut(self, choice: Choice) -> dict[str, dict[str, Tensor]]:
+        """Tensors of each module at `choice`: `left` out × r and `right` r × in, each direction's norm split evenly."""
+        (part,) = self.target.parts
+        tensors, rank = self.tensors(), choice.counts["rank"]
+        left = tensors["left"][:, :rank]
+        weight = self.weights()[part.module].to(left)
+        right = tensors["right"][:rank] if "right" in tensors else left.T @ weight
+        return {part.module: dict(zip(("left", "right"), balance(left, right), strict=True))}
+
+    def priced(self, format: str, cost: int | Int[Tensor, "n"]) -> Candidate:
+        """The same candidate with its rank units stored in another format, at that format's costs."""
+        units = tuple(replace(u, cost=cost) if u.kind == "rank" else u for u in self.units)
+        return replace(self, units=units, format=format)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was picked for all targets; a target without a choice stays dense, bit for bit.
+
+    budget: parameters that may be kept over the targets; spent: those kept, dense ones counted whole.
+    """
+
+    choices: Mapping[str, Choice]
+    budget: int
+    spent: int
+    notes: tuple[str, ...] = field(default=())
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON data, choices in order of their names."""
+        return {
+            "budget": self.budget,
+            "spent": self.spent,
+            "choices": {name: asdict(self.choices[name]) for name in sorted(self.choices)},
+            "notes": list(self.notes),
+        }
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Plan:
+        """Inverse of `to_json`."""
+        choices = {name: Choice(**choice) for name, choice in data["choices"].items()}
+        return Plan(choices, data["budget"], data["spent"], tuple(data["notes"]))
+
+    def dumps(self) -> str:
+        """The plan as text."""
+        return json.dumps(self.to_json(), indent=1)
+
+
+def merge(plans: list[Plan]) -> Plan:
+    """One plan of several over disjoint targets."""
+    choices = {name: choice for plan in plans for name, choice in plan.choices.items()}
+    notes = tuple(note for plan in plans for note in plan.notes)
+    return Plan(choices, sum(p.budget for p in plans), sum(p.spent for p in plans), notes)

@@ -1,0 +1,112 @@
+"""What a run will do and need, from shapes alone: targets, parameters, ranks, peak memory, disk."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spectrim.core import budget
+from spectrim.core import plan as plans
+from spectrim.core.plan import Part, Plan
+from spectrim.measure.evaluate import max_positions, parameters
+from spectrim.model import blocks, targets
+from spectrim.model.checkpoint import Checkpoint, resolve
+from spectrim.pipeline import DEFAULT_LENGTH, Job, allocate_early, compute_dtype, plan_jobs
+from spectrim.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A dry run: the structure, the jobs, a plan where shapes are enough, and bytes needed."""
+
+    structure: targets.Structure
+    jobs: Sequence[Job]
+    plan: Plan | None
+    totals: dict[str, int]
+    memory: dict[str, int]
+    disk: dict[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as JSON data."""
+        return {
+            "targets": [
+                {"name": t.name, "role": t.role, "out": p.out_features, "in": p.in_features, "choice": self._choice(t.name)}
+                for t in self.structure.targets
+                for p in t.parts
+            ],
+            "notes": list(self.structure.notes),
+            "parameters": self.totals,
+            "peak_memory_bytes": self.memory,
+            "disk_bytes": self.disk,
+        }
+
+    def _choice(self, name: str) -> dict[str, Any] | None:
+        choice = None if self.plan is None else self.plan.choices.get(name)
+        return None if choice is None else {"formats": dict(choice.formats), "counts": dict(choice.counts)}
+
+
+def estimate(
+    model: str | Path, recipe: Recipe, device: str = "cpu", trust_remote_code: bool = False
+) -> Estimate:
+    """Plan a run of `recipe` on `model` without reading a weight. Raises like `compress` for bad input."""
+    directory = resolve(str(model))
+    checkpoint = Checkpoint(directory, compute_dtype(device), trust_remote_code)
+    structure = blocks.share_inputs(checkpoint.model, targets.find(checkpoint.model))
+    jobs = plan_jobs(recipe, structure)
+    early = [allocate_early(job, recipe) for job in jobs]
+    plan = plans.merge([p for p in early if p is not None]) if all(p is not None for p in early) else None
+    dense = sum(t.parameters for job in jobs for t in job.targets)
+    kept = sum(job.budget for job in jobs) if plan is None else plan.spent
+    before = parameters(directory)
+    totals = {
+        "targets_before": dense,
+        "targets_after": kept,
+        "total_before": before["total"],
+        "total_after": before["total"] - dense + kept,
+    }
+    disk = {
+        "output": int(totals["total_after"] * checkpoint.stored_dtype.itemsize),
+        "work": sum(_stored_bytes(job.format, t.parts[0]) for job in jobs for t in job.targets),
+    }
+    return Estimate(structure, jobs, plan, totals, _memory(checkpoint, structure, recipe, jobs), disk)
+
+
+def _stored_bytes(format: str, part: Part) -> int:
+    """A candidate in the store: left in float32 as far as the format can use it, two spectra in float64."""
+    smaller = min(part.out_features, part.in_features)
+    return 4 * part.out_features * min(smaller, budget.largest_rank(format, part)) + 16 * smaller
+
+
+def _memory(
+    checkpoint: Checkpoint, structure: targets.Structure, recipe: Recipe, jobs: Sequence[Job]
+) -> dict[str, int]:
+    """Bytes by cause; their sum is the peak of a streamed run (activations of one batch are the roughest guess)."""
+    model = checkpoint.model
+    size = model.dtype.itemsize
+    block = model.get_submodule(structure.block(0))
+    weights = sum(p.numel() for p in block.parameters()) * size
+    embedding = model.get_input_embeddings().weight
+    length = recipe.calibrate.length or min(DEFAULT_LENGTH, max_positions(model) or DEFAULT_LENGTH)
+    measured = any(d.needs for job in jobs for d in job.decomposers.values())
+    hidden = embedding.shape[1] * recipe.calibrate.sequences * length * size if measured else 0
+    inputs = {p.input: p.in_features for t in structure.of_block(0) for p in t.parts}
+    widest = max(p.in_features + p.out_features for t in structure.of_block(0) for p in t.parts)
+    return {
+        "imports": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "embedding": embedding.numel() * size if measured else 0,
+        "hidden_states": hidden,
+        "block_weights": 2 * weights if measured else 0,
+        "statistics": sum(8 * width**2 for width in inputs.values()) if measured else 0,
+        "activations": 4 * min(recipe.calibrate.batch, recipe.calibrate.sequences) * length * widest * size if measured else 0,
+        "factorisation": max(_workspace(p) for t in structure.of_block(0) for p in t.parts),
+    }
+
+
+def _workspace(part: Part) -> int:
+    """float64: the weight and its product with the metric, then the matrix, its eigenvectors and LAPACK's own two."""
+    smaller = min(part.out_features, part.in_features)
+    return 8 * (3 * part.parameters + 5 * smaller**2)
+

@@ -1,0 +1,211 @@
+"""Walk the decoder blocks: record the arguments each is called with, and run them one by one."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from transformers import PreTrainedModel
+
+from spectrim.core.plan import Target
+from spectrim.model.targets import Structure
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token windows, and which of their tokens are real (None: all)."""
+
+    ids: Int[Tensor, "batch length"]
+    mask: Bool[Tensor, "batch length"] | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """Everything a block is called with beside its hidden state."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def run(
+    block: nn.Module, state: Float[Tensor, "batch length hidden"], call: Call
+) -> Float[Tensor, "batch length hidden"]:
+    """The hidden state leaving a block."""
+    output = block(state, *call.args, **call.kwargs)
+    result = output[0] if isinstance(output, (tuple, list)) else output
+    assert isinstance(result, Tensor)
+    return result
+
+
+class _Finished(Exception):
+    """Raised by the last recorder: what follows the blocks is not wanted."""
+
+
+class _Recorder(nn.Module):
+    """Stands for a block: notes its arguments and hands its input on.
+
+    It answers with a tuple of one: callers that expect a tuple take the first, others hand the tuple itself to the
+    next recorder. Attributes of the block that the model reads (such as its attention type) are passed through.
+    """
+
+    def __init__(self, block: nn.Module, note: Callable[[Tensor, Call], None]):
+        super().__init__()
+        object.__setattr__(self, "_block", block)
+        self._note = note
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "_block"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor]:
+        state = args[0] if args else kwargs.pop("hidden_states")
+        state = state[0] if isinstance(state, tuple) else state
+        self._note(state, Call(tuple(args[1:]), kwargs))
+        return (state,)
+
+
+@contextmanager
+def _replaced(model: nn.Module, name: str, modules: Sequence[nn.Module]) -> Iterator[None]:
+    """The list of blocks, with other modules in it for a while."""
+    parent = model.get_submodule(name.rpartition(".")[0])
+    leaf = name.rpartition(".")[2]
+    original = getattr(parent, leaf)
+    setattr(parent, leaf, nn.ModuleList(modules))
+    try:
+        yield
+    finally:
+        setattr(parent, leaf, original)
+
+
+def record(
+    model: PreTrainedModel, structure: Structure, batch: Batch
+) -> tuple[Float[Tensor, "batch length hidden"], list[Call]]:
+    """One dry pass over `batch`: the state entering block 0, and the call of each block. No block runs.
+
+    What lies before the blocks must be loaded. Calls are recorded for every block: neighbours may get other masks.
+    Raises ValueError for a model that does not call each of its blocks once.
+    """
+    mask = None if batch.mask is None else batch.mask.long()
+    return _record(model, structure, {"input_ids": batch.ids, "attention_mask": mask})
+
+
+@torch.no_grad()
+def _record(model: PreTrainedModel, structure: Structure, inputs: dict[str, Any]) -> tuple[Tensor, list[Call]]:
+    states: list[Tensor] = []
+    calls: list[Call] = []
+
+    def note(state: Tensor, call: Call) -> None:
+        states.append(state)
+        calls.append(call)
+        if len(calls) == structure.count:
+            raise _Finished
+
+    originals = list(model.get_submodule(structure.blocks).children())
+    recorders = [_Recorder(block, note) for block in originals]
+    with _replaced(model, structure.blocks, recorders):
+        try:
+            model(**inputs, use_cache=False)
+        except _Finished:
+            return states[0], calls
+    raise ValueError(
+        f"{type(model).__name__} called {len(calls)} of its {structure.count} blocks in one pass: not a plain decoder"
+    )
+
+
+def deduplicated(calls: list[Call], known: list[Call] | None) -> list[Call]:
+    """`calls`, with every tensor that equals its counterpart in `known` replaced by that one, to hold it once."""
+    if known is None:
+        return calls
+    return [_share(call, other) for call, other in zip(calls, known, strict=True)]
+
+
+def _share(call: Call, known: Call) -> Call:
+    leaves, spec = tree_flatten((call.args, call.kwargs))
+    others, other_spec = tree_flatten((known.args, known.kwargs))
+    if spec != other_spec:
+        return call
+    shared = [
+        b if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b) else a
+        for a, b in zip(leaves, others, strict=True)
+    ]
+    return Call(*tree_unflatten(shared, spec))
+
+
+def share_inputs(model: PreTrainedModel, structure: Structure) -> Structure:
+    """The structure with input keys: parts that read the very same tensor get one key, the first reader's name.
+
+    Found by tensor identity in a copy of the model without weights: blocks on the meta device, one short sequence of
+    zeros before them. Where a block cannot run there (experts chosen by data), what was not reached keeps its own key.
+    """
+    copied = _weightless(model, structure)
+    width = model.get_input_embeddings().weight.shape[1]
+    batch = {"inputs_embeds": torch.zeros(1, 4, width, dtype=copied.dtype)}
+    state, calls = _record(copied, structure, batch)
+    keys: dict[str, str] = {}
+    for index, call in enumerate(calls):
+        names = {t.parts[0].module for t in structure.of_block(index)}
+        keys |= _keys_of_block(copied, structure.block(index), names, state.to("meta"), _to_meta(call))
+    targets = tuple(
+        replace(t, parts=tuple(replace(p, input=keys.get(p.module, p.module)) for p in t.parts))
+        for t in structure.targets
+    )
+    return replace(structure, targets=targets)
+
+
+def _weightless(model: PreTrainedModel, structure: Structure) -> PreTrainedModel:
+    """A new model of the same configuration: blocks and embeddings on the meta device, the little else made of zeros."""
+    with init_empty_weights(include_buffers=False):
+        copied = type(model)._from_config(copy.deepcopy(model.config)).eval()
+    ends = [copied.get_input_embeddings(), copied.get_output_embeddings()]
+    large = {id(p) for end in ends if end is not None for p in end.parameters()}
+    large |= {id(p) for p in copied.get_submodule(structure.blocks).parameters()}
+    for module in copied.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in large:
+                setattr(module, name, nn.Parameter(torch.zeros_like(parameter, device="cpu"), requires_grad=False))
+    copied.get_submodule(structure.blocks).to("meta")
+    return copied
+
+
+def _to_meta(call: Call) -> Call:
+    def move(leaf: Any) -> Any:
+        return leaf.to("meta") if isinstance(leaf, Tensor) else leaf
+
+    return Call(*tree_map(move, (call.args, call.kwargs)))
+
+
+def _keys_of_block(model: nn.Module, prefix: str, names: set[str], state: Tensor, call: Call) -> dict[str, str]:
+    seen: list[tuple[Tensor, str]] = []
+    keys: dict[str, str] = {}
+
+    def note(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            first = next((known for tensor, known in seen if tensor is args[0]), None)
+            keys[name] = first or name
+            if first is None:
+                seen.append((args[0], name))
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(note(name)) for name in sorted(names)]
+    try:
+        run(model.get_submodule(prefix), state, call)
+    except (NotImplementedError, RuntimeError) as error:
+        logger.debug("%s cannot run on the meta device (%s); keys found until there are kept", prefix, error)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return keys

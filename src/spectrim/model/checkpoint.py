@@ -1,0 +1,352 @@
+"""Where weights come from, a block at a time: a checkpoint on disk, or a model in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging as hf_logging
+
+logger = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class Weights(Protocol):
+    """A model whose weights can be had a part at a time; `model` is its skeleton."""
+
+    model: PreTrainedModel
+
+    def load(self, prefix: str, device: torch.device) -> None:
+        """Give the parameters under the module `prefix` their values, on `device`."""
+        ...
+
+    def release(self, prefix: str) -> None:
+        """Free the parameters under `prefix` again, if they can be had again."""
+        ...
+
+    def load_outside(self, blocks: str, device: torch.device) -> list[str]:
+        """Load what lies outside the blocks, but for an output head that is not tied; the names loaded."""
+        ...
+
+    def release_names(self, names: list[str]) -> None:
+        """Free these parameters again, if they can be had again."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """The tensor stored under the model's parameter name, in its stored dtype."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A hash of every weight: part of a store key."""
+        ...
+
+
+def resolve(model: str) -> Path:
+    """The local directory of MODEL: a directory, `reference` (the bundled model), or a hub name, then downloaded.
+
+    Of the hub only safetensors, JSON, tokenizer files and code are fetched. Raises ValueError when there is neither.
+    """
+    if model == "reference":
+        return Path(str(importlib.resources.files("spectrim") / "assets" / "reference"))
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise ValueError(f"{path} is no model directory: it holds no config.json")
+        return path
+    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise ValueError(f"no such model directory: {model}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
+    try:
+        return Path(snapshot_download(model, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(f"{model} is no directory here and could not be had from the hub: {error}") from error
+
+
+def read_config(directory: Path, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The model's configuration. Raises ValueError if it cannot be read or belongs to no causal language model."""
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{directory}: the configuration cannot be used: {error}") from error
+    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if type(config) not in AutoModelForCausalLM._model_mapping and not remote:
+        raise ValueError(
+            f"{directory} is a {config.model_type} model, which is not a causal language model of transformers; "
+            "spectrim compresses decoder models (AutoModelForCausalLM)"
+        )
+    return config
+
+
+def skeleton(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model without weights: parameters on the meta device, buffers real (rotary tables and the like)."""
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    model.tie_weights()
+    return model.eval()
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, each opened once to see that it is whole.
+
+    Raises ValueError when there are none, one is missing, or one is truncated or damaged.
+    """
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    files = [directory / name for name in names]
+    for file in files:
+        if not file.exists():
+            raise ValueError(
+                f"{directory}: {file.name} is missing; spectrim reads safetensors only "
+                "(convert pickled .bin weights with save_pretrained first)"
+            )
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} is truncated or damaged ({error}); fetch it again") from error
+    return files
+
+
+def file_hash(files: list[Path]) -> str:
+    """sha256 over the contents of files."""
+    digest = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+class Checkpoint:
+    """A checkpoint on disk, read a module at a time; `dtype` is the one to compute in (None: as stored)."""
+
+    def __init__(self, directory: Path, dtype: torch.dtype | None = None, trust_remote_code: bool = False):
+        self.directory = directory
+        self.config = read_config(directory, trust_remote_code)
+        self.files = weight_files(directory)
+        self.where = {key: file for file in self.files for key in _keys(file)}
+        self.stored_dtype = self._main_dtype()
+        self.model = skeleton(self.config, dtype or self.stored_dtype, trust_remote_code)
+        self.mapping = get_model_conversion_mapping(self.model)
+        # what transformers would load each stored tensor into; a converted one goes with others into one parameter
+        self.names: dict[str, str] = {}
+        self.converted: set[str] = set()
+        self._map_names()
+
+    def _main_dtype(self) -> torch.dtype:
+        sizes: dict[torch.dtype, int] = {}
+        for key, file in self.where.items():
+            with safe_open(file, framework="pt") as opened:
+                piece = opened.get_slice(key)
+                dtype = DTYPES[piece.get_dtype()]
+                sizes[dtype] = sizes.get(dtype, 0) + torch.Size(piece.get_shape()).numel()
+        floating = {dtype: size for dtype, size in sizes.items() if dtype.is_floating_point}
+        if not floating:
+            raise ValueError(f"{self.directory}: the checkpoint holds no floating-point tensor")
+        return max(floating, key=lambda dtype: floating[dtype])
+
+    def _map_names(self) -> None:
+        renamings = [entry for entry in self.mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in self.mapping if isinstance(entry, WeightConverter)]
+        state = self.model.state_dict()
+        for key in self.where:
+            name, pattern = rename_source_key(key, renamings, converters, self.model.base_model_prefix, state)
+            if name not in state and key in state:
+                name, pattern = key, None
+            if name in state:
+                self.names[key] = name
+                if pattern is not None:
+                    self.converted.add(key)
+
+    def stored_key(self, name: str) -> str:
+        """The checkpoint's key of a parameter that is stored by itself. Raises ValueError if it is not."""
+        for key, known in self.names.items():
+            if known == name and key not in self.converted:
+                return key
+        raise ValueError(f"{self.directory}: no tensor for {name}")
+
+    def load(self, prefix: str, device: torch.device) -> None:
+        """As in `Weights`. Raises ValueError naming a parameter that is missing or not finite."""
+        wanted = [key for key, name in self.names.items() if _under(name, prefix)]
+        self._load(wanted, device)
+        for name, parameter in self.model.get_submodule(prefix).named_parameters(prefix):
+            if parameter.is_meta:
+                raise ValueError(f"{self.directory}: the checkpoint has no tensor for {name}")
+
+    def load_outside(self, blocks: str, device: torch.device) -> list[str]:
+        """As in `Weights`."""
+        head = self.model.get_output_embeddings()
+        inside = {id(p) for p in head.parameters()} if head is not None else set()
+        tied = {id(p) for p in self.model.get_input_embeddings().parameters()}
+        skipped = {name for name, p in self.model.named_parameters() if id(p) in inside - tied}
+        wanted = {k: n for k, n in self.names.items() if not _under(n, blocks) and n not in skipped}
+        self._load(list(wanted), device)
+        self.model.tie_weights()
+        return list(wanted.values())
+
+    def _load(self, keys: list[str], device: torch.device) -> None:
+        pieces = {key: self._tensor(key) for key in keys}
+        settings = LoadStateDictConfig(weight_mapping=self.mapping, dtype=self.model.dtype, device_map={"": device})
+        with quiet():
+            convert_and_load_state_dict_in_model(self.model, pieces, settings)
+        for name in {self.names[key] for key in keys}:
+            _check_finite(name, self._parameter(name))
+
+    def _parameter(self, name: str) -> Tensor:
+        module, _, leaf = name.rpartition(".")
+        tensor = getattr(self.model.get_submodule(module), leaf)
+        assert isinstance(tensor, Tensor)
+        return tensor
+
+    def release(self, prefix: str) -> None:
+        """As in `Weights`: back to the meta device."""
+        self.release_names([name for name, _ in self.model.get_submodule(prefix).named_parameters(prefix)])
+
+    def release_names(self, names: list[str]) -> None:
+        """As in `Weights`: back to the meta device; buffers stay."""
+        parameters = dict(self.model.named_parameters())
+        for name in names:
+            if name in parameters:
+                module, _, leaf = name.rpartition(".")
+                empty = nn.Parameter(parameters[name].to("meta"), requires_grad=False)
+                setattr(self.model.get_submodule(module), leaf, empty)
+        self.model.tie_weights()
+
+    def _tensor(self, key: str) -> Tensor:
+        with safe_open(self.where[key], framework="pt") as file:
+            return file.get_tensor(key)
+
+    def read(self, name: str) -> Tensor:
+        """As in `Weights`."""
+        return self.read_key(self.stored_key(name))
+
+    def read_key(self, key: str) -> Tensor:
+        """The tensor stored under a key of the checkpoint. Raises ValueError if it is not finite."""
+        tensor = self._tensor(key)
+        _check_finite(self.names.get(key, key), tensor)
+        return tensor
+
+    def dtype_of(self, key: str) -> torch.dtype:
+        """Its stored dtype."""
+        with safe_open(self.where[key], framework="pt") as file:
+            return DTYPES[file.get_slice(key).get_dtype()]
+
+    def fingerprint(self) -> str:
+        """As in `Weights`: sha256 over the files and the configuration."""
+        return file_hash([*self.files, self.directory / "config.json"])
+
+
+class LiveModel:
+    """A model in memory: `load` and `release` have nothing to do."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+
+    def load(self, prefix: str, device: torch.device) -> None:
+        """Nothing to load; checks that the weights are finite."""
+        for name, parameter in self.model.get_submodule(prefix).named_parameters(prefix):
+            _check_finite(name, parameter)
+
+    def load_outside(self, blocks: str, device: torch.device) -> list[str]:
+        """Nothing to load."""
+        return []
+
+    def release(self, prefix: str) -> None:
+        """Nothing to free."""
+
+    def release_names(self, names: list[str]) -> None:
+        """Nothing to free."""
+
+    def read(self, name: str) -> Tensor:
+        """As in `Weights`."""
+        tensor = self.model.get_parameter(name).detach()
+        _check_finite(name, tensor)
+        return tensor
+
+    def fingerprint(self) -> str:
+        """As in `Weights`: sha256 over the state dict."""
+        digest = hashlib.sha256(self.model.config.to_json_string().encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def _keys(file: Path) -> list[str]:
+    with safe_open(file, framework="pt") as opened:
+        return list(opened.keys())
+
+
+def _under(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(f"{prefix}.")
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise ValueError(f"the weight {name} holds {bad:,} values that are not finite (NaN or infinity)")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' own bar for every block."""
+    enabled = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            hf_logging.enable_progress_bar()
+
+
+Progress = Callable[[str, int, int], None]
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
+def config_json(directory: Path) -> dict[str, Any]:
+    """The raw config.json."""
+    data: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    return data

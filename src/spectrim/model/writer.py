@@ -1,0 +1,128 @@
+"""Write safetensors shards a tensor at a time: the header first, then each tensor at its place, as it is made."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from spectrim.model.checkpoint import DTYPES
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Item:
+    """Tensors that are made together: name → (dtype, shape), known before `make` gives their values."""
+
+    shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+    make: Callable[[], Mapping[str, Tensor]]
+
+    @property
+    def bytes(self) -> int:
+        """Size of all its tensors."""
+        return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in self.shapes.values())
+
+
+def write_shards(
+    directory: Path, items: Sequence[Item], shard_bytes: int, progress: Callable[[int, int], None]
+) -> list[Path]:
+    """Write `items` as one file or, above `shard_bytes`, as shards with an index. Memory: one item at a time.
+
+    Raises ValueError when an item does not give what it said it would.
+    """
+    shards = _split(items, shard_bytes)
+    total = sum(item.bytes for item in items)
+    files, done, weight_map = [], 0, {}
+    for i, shard in enumerate(shards):
+        name = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        weight_map.update({key: name for item in shard for key in item.shapes})
+        for size in _write_file(directory / name, shard):
+            done += size
+            progress(done, total)
+        files.append(directory / name)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+    return files
+
+
+def _split(items: Sequence[Item], shard_bytes: int) -> list[list[Item]]:
+    shards: list[list[Item]] = [[]]
+    filled = 0
+    for item in items:
+        if shards[-1] and filled + item.bytes > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(item)
+        filled += item.bytes
+    return shards
+
+
+def _write_file(path: Path, items: Sequence[Item]) -> Iterator[int]:
+    shapes = {name: shape for item in items for name, shape in item.shapes.items()}
+    # wide dtypes first, so that every tensor starts at a multiple of its element size
+    order = sorted(shapes, key=lambda name: (-shapes[name][0].itemsize, name))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    starts, position = {}, 0
+    for name in order:
+        dtype, shape = shapes[name]
+        starts[name] = position
+        position += dtype.itemsize * torch.Size(shape).numel()
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [starts[name], position]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with open(path, "wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        file.truncate(8 + len(encoded) + position)
+        for item in items:
+            made = item.make()
+            if {name: (t.dtype, tuple(t.shape)) for name, t in made.items()} != dict(item.shapes):
+                raise ValueError(f"{path.name}: tensors {sorted(made)} are not of the shapes said before")
+            for name, tensor in made.items():
+                file.seek(8 + len(encoded) + starts[name])
+                # reshape(-1).view(uint8): the bytes as they lie in memory, for bfloat16 too, which numpy lacks
+                file.write(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+            yield item.bytes
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def new_directory(out: Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary directory beside `out` that takes its place when all went well, and vanishes when not.
+
+    Raises ValueError when `out` exists and is not empty, unless `overwrite`: then it is replaced at the very end.
+    """
+    refuse_filled(out, overwrite)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if out.exists():
+            old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.old."))
+            out.rename(old / "old")
+            temporary.rename(out)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(out)
+    finally:
+        if temporary.exists():
+            shutil.rmtree(temporary)
+
+
+def refuse_filled(out: Path, overwrite: bool) -> None:
+    """Raise ValueError if `out` cannot be written: it is a file, or holds something and `overwrite` is not set."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; give a directory")
+    if out.exists() and any(out.iterdir()) and not overwrite:
+        raise ValueError(f"{out} is not empty; nothing was changed. Give another --out, or --overwrite to replace it")

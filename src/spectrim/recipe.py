@@ -1,0 +1,213 @@
+"""What the user asks: recipes as YAML, checked whole before anything runs."""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib.resources
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from spectrim.core import registry
+from spectrim.core.plan import Target
+
+
+class RecipeError(ValueError):
+    """A recipe cannot be used: says which key, what was given and what is nearest."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Calibrate(_Strict):
+    """What text is read for statistics."""
+
+    sequences: int = Field(128, gt=0, description="windows of text")
+    length: int | None = Field(None, gt=1, description="tokens a window; None: the model's maximum, at most 2048")
+    seed: int = Field(0, ge=0, description="of the choice of windows")
+    batch: int = Field(8, gt=0, description="windows run at once")
+
+
+class Method(BaseModel):
+    """A method by name; every other key is a setting of it."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    method: str
+    match: str | list[str] = "*"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The method's own settings."""
+        return dict(self.model_extra or {})
+
+
+class Group(_Strict):
+    """A set of targets with one decomposer (or several, each with its own `match`), allocator, format and ratio."""
+
+    match: str | list[str] = "*"
+    ratio: float = Field(0.2, ge=0, lt=1, description="fraction of the group's parameters to remove")
+    format: Literal["plain", "pivot"] = "plain"
+    decompose: list[Method]
+    allocate: Method = Method(method="uniform")
+
+    @field_validator("decompose", mode="before")
+    @classmethod
+    def _as_list(cls, value: Any) -> Any:
+        return value if isinstance(value, list) else [value]
+
+
+class Recipe(_Strict):
+    """Everything that decides the result beside the model and the text."""
+
+    about: str = ""
+    calibrate: Calibrate = Calibrate()
+    groups: list[Group] = Field(min_length=1)
+
+    def decomposer(self, group: Group, target: Target) -> Any:
+        """The decomposer of one target of a group: the first whose `match` has it. Raises RecipeError if none."""
+        for method in group.decompose:
+            if matches(method.match, target):
+                return _built("decomposer", registry.decomposers(), method)
+        raise RecipeError(f"no decomposer of the group {group.match!r} matches {target.name} (role {target.role})")
+
+    def allocator(self, group: Group) -> Any:
+        """The allocator of a group."""
+        return _built("allocator", registry.allocators(), group.allocate)
+
+
+def _built(kind: str, table: Mapping[str, type[Any]], method: Method) -> Any:
+    try:
+        return registry.build(kind, table, method.method, method.settings)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+
+
+def matches(match: str | Sequence[str], target: Target) -> bool:
+    """Whether a target has one of the roles, or its name fits one of the globs."""
+    patterns = [match] if isinstance(match, str) else match
+    return any(pattern == target.role or fnmatch.fnmatchcase(target.name, pattern) for pattern in patterns)
+
+
+def grouped(recipe: Recipe, targets: Sequence[Target]) -> list[list[Target]]:
+    """The targets of each group. Raises RecipeError for a target in two groups, or a group with none."""
+    owners: dict[str, int] = {}
+    groups: list[list[Target]] = []
+    for i, group in enumerate(recipe.groups):
+        members = [target for target in targets if matches(group.match, target)]
+        if not members:
+            roles = sorted({target.role for target in targets})
+            raise RecipeError(f"groups.{i}: match {group.match!r} has no target here; roles present: {', '.join(roles)}")
+        for target in members:
+            if target.name in owners:
+                raise RecipeError(f"{target.name} is in two groups: groups.{owners[target.name]} and groups.{i}")
+            owners[target.name] = i
+        groups.append(members)
+    return groups
+
+
+def shipped() -> dict[str, str]:
+    """Names and one-line descriptions of the recipes in the package."""
+    folder = importlib.resources.files("spectrim") / "recipes"
+    files = sorted((f for f in folder.iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name)
+    return {f.name.removesuffix(".yaml"): yaml.safe_load(f.read_text(encoding="utf-8"))["about"] for f in files}
+
+
+def read(name: str) -> dict[str, Any]:
+    """The YAML of a shipped recipe, or of a file. Raises RecipeError if there is neither."""
+    path = Path(name)
+    if path.suffix in {".yaml", ".yml"} or path.is_file():
+        if not path.is_file():
+            raise RecipeError(f"no such recipe file: {name}")
+        text = path.read_text(encoding="utf-8")
+    elif name in shipped():
+        text = (importlib.resources.files("spectrim") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+    else:
+        raise RecipeError(f"unknown recipe {name!r}: {registry.nearest(name, shipped().keys())}")
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{name} is no YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise RecipeError(f"{name}: a recipe is a mapping with the keys {', '.join(Recipe.model_fields)}")
+    return data
+
+
+def assign(data: dict[str, Any], path: str, value: Any) -> None:
+    """Set `a.b.c` of nested recipe data; numbers index lists. Raises RecipeError for a step that is not there."""
+    *steps, last = path.split(".")
+    place: Any = data
+    for step in steps:
+        place = _step(place, step, path)
+    if isinstance(place, list):
+        _step(place, last, path)
+        place[int(last)] = value
+    elif isinstance(place, dict):
+        place[last] = value
+    else:
+        raise RecipeError(f"cannot set {path!r}: {'.'.join(steps)} is {place!r}, not a mapping")
+
+
+def _step(place: Any, step: str, path: str) -> Any:
+    if isinstance(place, list):
+        if not step.isdigit() or int(step) >= len(place):
+            raise RecipeError(f"cannot set {path!r}: {step!r} is no index of a list of {len(place)}")
+        return place[int(step)]
+    if not isinstance(place, dict):
+        raise RecipeError(f"cannot set {path!r}: {step!r} is below {place!r}, which is not a mapping")
+    return place.setdefault(step, {})
+
+
+def build(name: str, shortcuts: Mapping[str, Any] | None = None, settings: Sequence[str] = ()) -> Recipe:
+    """The recipe `name` with the command line's shortcuts and `a.b=c` settings.
+
+    shortcuts: ratio and format (of every group), sequences, length and seed; None values change nothing.
+    Raises RecipeError, naming the key, for anything unknown or out of range.
+    """
+    data = read(name)
+    for key, value in (shortcuts or {}).items():
+        if value is None:
+            continue
+        if key in Calibrate.model_fields:
+            assign(data, f"calibrate.{key}", value)
+        else:
+            for i in range(len(data.get("groups", []))):
+                assign(data, f"groups.{i}.{key}", value)
+    for setting in settings:
+        path, equals, value = setting.partition("=")
+        if not equals:
+            raise RecipeError(f"--set {setting!r}: write it as key.key=value")
+        assign(data, path, yaml.safe_load(value))
+    return validated(data, name)
+
+
+def validated(data: Mapping[str, Any], name: str) -> Recipe:
+    """A recipe of its data; every method named in it is built once, so that a wrong setting is found now."""
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        raise RecipeError(f"recipe {name}: {_explain(error)}") from error
+    for group in recipe.groups:
+        recipe.allocator(group)
+        for method in group.decompose:
+            _built("decomposer", registry.decomposers(), method)
+    return recipe
+
+
+_KEYS: dict[str, Sequence[str]] = {
+    "calibrate": list(Calibrate.model_fields),
+    "groups": list(Group.model_fields),
+    "": list(Recipe.model_fields),
+}
+
+
+def _explain(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    where = ".".join(str(step) for step in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = _KEYS[str(problem["loc"][0]) if len(problem["loc"]) > 1 else ""]
+        return f"unknown key {where}: {registry.nearest(str(problem['loc'][-1]), known)}"
+    return f"{where}: {problem['msg']}, given {problem['input']!r}"

@@ -1,0 +1,102 @@
+"""Each statistic against its formula, and the sums add up over batches."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from spectrim.calibrate.statistics import Cosine, FisherColumns, Gram, Norm, Statistic, SublayerCosine
+
+CPU = torch.device("cpu")
+
+
+def tokens(count: int, width: int, seed: int) -> Tensor:
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
+
+
+def measured(statistic: Statistic, width: int, *batches: tuple[Tensor, ...]) -> Tensor:
+    state = statistic.start(width, CPU)
+    for batch in batches:
+        statistic.update(state, *batch)
+    return statistic.result(state)
+
+
+def test_gram_is_the_sum_of_outer_products() -> None:
+    a, b = tokens(5, 4, 0), tokens(3, 4, 1)
+    expected = sum(torch.outer(x.double(), x.double()) for x in [*a, *b])
+    found = measured(Gram(), 4, (a,), (b,))
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
+
+
+def test_gram_keeps_small_directions_beside_outliers() -> None:
+    """A column 10⁶ times larger: products rounded to float32 would lose the small eigenvalue altogether."""
+    base = tokens(64, 1, 0)
+    x = torch.cat([1e6 * base, base + 1e-2 * tokens(64, 1, 1)], dim=1)
+    smallest = torch.linalg.eigvalsh(measured(Gram(), 2, (x,)))[0]
+    exact = torch.linalg.svdvals(x.double())[-1] ** 2
+    assert math.isclose(smallest, exact, rel_tol=1e-2)
+
+
+@pytest.mark.parametrize("power", [1, 2])
+def test_norm_sums_powers_of_each_column(power: int) -> None:
+    a, b = tokens(5, 4, 0), tokens(3, 4, 1)
+    expected = [sum(abs(float(x[j])) ** power for x in [*a, *b]) for j in range(4)]
+    found = measured(Norm(power), 4, (a,), (b,))  # type: ignore[arg-type]
+    assert found.dtype == torch.float64
+    assert found.tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_half_precision_inputs_are_summed_in_double() -> None:
+    x = tokens(200, 3, 0).to(torch.bfloat16)
+    torch.testing.assert_close(measured(Norm(), 3, (x,)), x.double().square().sum(0), rtol=1e-14, atol=0)
+    torch.testing.assert_close(measured(Gram(), 3, (x,)), x.double().T @ x.double(), rtol=1e-14, atol=0)
+
+
+def test_cosine_is_the_mean_over_tokens_not_over_batches() -> None:
+    before, after = tokens(7, 4, 0), tokens(7, 4, 1)
+    each = [float(x @ y) / float(x.norm() * y.norm()) for x, y in zip(before, after, strict=True)]
+    found = measured(Cosine(), 1, (before[:5], after[:5]), (before[5:], after[5:]))
+    assert found.tolist() == pytest.approx([sum(each) / 7], rel=1e-5)
+
+
+def test_cosine_over_sublayers_has_one_number_a_step() -> None:
+    before, after = tokens(7, 4, 0), tokens(7, 4, 1)
+    found = measured(SublayerCosine(), 2, (before, before * 3, after))
+    assert found[0] == pytest.approx(1, abs=1e-6)
+    torch.testing.assert_close(found[1:], measured(Cosine(), 1, (before, after)))
+
+
+def test_fisher_sums_squared_gradients_over_outputs_and_sequences() -> None:
+    first, second = tokens(5, 4, 0), tokens(5, 4, 1)
+    expected = first.double().square().sum(0) + second.double().square().sum(0)
+    found = measured(FisherColumns(), 4, (first,), (second,))
+    torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
+
+
+def test_where_each_is_taken_and_what_needs_gradients() -> None:
+    where = {type(s).__name__: s.where for s in (Gram(), Norm(), Cosine(), SublayerCosine(), FisherColumns())}
+    assert where == {
+        "Gram": "input", "Norm": "input", "Cosine": "block", "SublayerCosine": "sublayer", "FisherColumns": "gradient",
+    }  # fmt: skip
+    assert FisherColumns().needs_gradient
+    assert not any(s.needs_gradient for s in (Gram(), Norm(), Cosine(), SublayerCosine()))
+
+
+def test_settings_tell_statistics_apart() -> None:
+    assert Gram() == Gram() and hash(Norm(1)) == hash(Norm(1))
+    assert len({Norm(1), Norm(2), Gram(), Cosine(), SublayerCosine(), FisherColumns()}) == 6
+    assert len({repr(s) for s in (Norm(1), Norm(2), Gram(), Cosine(), SublayerCosine(), FisherColumns())}) == 6
+
+
+def test_a_statistic_that_does_not_say_how_it_works_is_an_error() -> None:
+    class Empty(Statistic):
+        where = "input"
+
+    with pytest.raises(TypeError, match="Empty does not say how it starts"):
+        Empty().start(1, CPU)
+    with pytest.raises(TypeError, match="Empty does not say how it is updated"):
+        Empty().update({})
