@@ -34,7 +34,10 @@ class Bound:
 
 @dataclass(frozen=True)
 class Case:
-    """One figure: `values` of all repeats (their median counts), its unit, its bound, and what it is made of."""
+    """One figure: its values (their median counts), its unit, its bound, and what it is made of.
+
+    `each` is the number of repeats of which every value is the median already.
+    """
 
     name: str
     values: tuple[float, ...]
@@ -42,6 +45,7 @@ class Case:
     unit: str = "ratio"
     bound: Bound | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
+    each: int = 1
 
     @property
     def value(self) -> float:
@@ -55,7 +59,7 @@ class Case:
             "value": self.value,
             "min": min(self.values),
             "max": max(self.values),
-            "repeats": len(self.values),
+            "repeats": len(self.values) * self.each,
             "threads": self.threads,
             "unit": self.unit,
             "bound": None if self.bound is None else asdict(self.bound),
@@ -67,22 +71,34 @@ class Case:
 Seconds = dict[str, list[float]]
 
 
-def in_turns(runs: Mapping[str, Callable[[], object]], repeats: int) -> Seconds:
-    """Seconds of each run, `repeats` times in turns, after one turn that is not counted.
+@dataclass(frozen=True)
+class Turns:
+    """Seconds of several runs, turn by turn: by the clock on the wall, and the processor's on this process alone.
 
-    In turns, so that whatever else the machine does falls on all of them alike. Raises ValueError for no repeat.
+    The processor's seconds are those to compare on one thread: other programs do not lengthen them, but waiting for
+    the disk is not in them either.
+    """
+
+    wall: Seconds
+    processor: Seconds
+
+
+def in_turns(runs: Mapping[str, Callable[[], object]], repeats: int) -> Turns:
+    """Time each run `repeats` times in turns, so that what else the machine does falls on all of them alike.
+
+    Raises ValueError for no repeat.
     """
     if repeats < 1:
         raise ValueError(f"repeats is {repeats}: at least 1 is needed")
-    seconds: Seconds = {name: [] for name in runs}
-    for turn in range(repeats + 1):
+    turns = Turns({name: [] for name in runs}, {name: [] for name in runs})
+    for _ in range(repeats):
         for name, run in runs.items():
             gc.collect()
-            start = time.perf_counter()
+            wall, processor = time.perf_counter(), time.process_time()
             run()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+            turns.wall[name].append(time.perf_counter() - wall)
+            turns.processor[name].append(time.process_time() - processor)
+    return turns
 
 
 def ratios(seconds: Seconds, over: str, under: Sequence[str]) -> tuple[float, ...]:

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from tests.families import FAMILIES
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -87,6 +89,4 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny llama with biases and a tokenizer on disk; tests read it, none writes into it."""
-    from tests.families import FAMILIES
-
     return save_model(FAMILIES["llama"].make(), tmp_path_factory.mktemp("models") / "llama")

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+
+if TYPE_CHECKING:  # slow to import, and conftest.py imports this file for every run
+    from transformers import PreTrainedModel
 
 HIDDEN, LAYERS, VOCABULARY, POSITIONS = 32, 2, 64, 48
 
@@ -56,9 +56,11 @@ class Family:
 
     def make(self, seed: int = 0, **changes: Any) -> PreTrainedModel:
         """A model with random weights, in eval mode; its predictions are far from uniform."""
+        import transformers
+
         torch.manual_seed(seed)
         config = getattr(transformers, self.config)(**{**self.keys, **changes})
-        return randomised(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval(), seed)
+        return randomised(transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval(), seed)
 
 
 FAMILIES: dict[str, Family] = {
@@ -154,6 +156,8 @@ def randomised(model: PreTrainedModel, seed: int) -> PreTrainedModel:
 
 def linears(model: nn.Module, blocks: str) -> dict[str, nn.Module]:
     """The linear layers inside the list of blocks, by name: found with no help of the package."""
+    from transformers.pytorch_utils import Conv1D
+
     found = {}
     for name, module in model.named_modules():
         if name.startswith(f"{blocks}.") and isinstance(module, (nn.Linear, Conv1D)):

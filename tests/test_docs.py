@@ -73,7 +73,9 @@ def test_add_a_method_runs_and_its_recipe_is_valid(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("script", ["compress_and_load.py", "mixed_recipe.py"])
-def test_examples_run(script: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_examples_run(
+    script: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     monkeypatch.setattr(sys, "argv", [script, str(folder)])
     runpy.run_path(str(ROOT / "examples" / script), run_name="__main__")
     assert "parameters" in capsys.readouterr().out or script == "mixed_recipe.py"

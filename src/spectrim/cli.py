@@ -70,7 +70,14 @@ def _failures() -> Iterator[None]:
 @contextmanager
 def _bars() -> Iterator[Any]:
     """A progress callback that draws one bar a stage on a terminal, and nothing elsewhere."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
@@ -94,7 +101,7 @@ def _dtype(name: str | None) -> Any:
         return None
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"--dtype {name}: not a floating-point dtype of torch; try float32, bfloat16 or float16")
+        raise typer.BadParameter(f"--dtype {name}: not a floating-point dtype of torch; try float32, bfloat16 or float16")
     return dtype
 
 
@@ -243,7 +250,7 @@ def export(
     """Write a compressed model in a form that needs nothing of ours."""
     with _failures():
         if format != "dense":
-            raise ValueError(f"--format {format}: known is dense")
+            raise typer.BadParameter(f"--format {format}: known is dense")
         from spectrim.model.export import export_dense
 
         export_dense(model, out, _dtype(dtype))

@@ -15,9 +15,10 @@ from spectrim import pipeline
 from spectrim.measure import evaluate as measures
 from spectrim.measure.speed import speed as measure_speed
 from spectrim.model import loading
-from spectrim.model.checkpoint import Progress, quiet, read_config, resolve, silent, weight_files
+from spectrim.model.checkpoint import Progress, moved, quiet, read_config, resolve, silent, weight_files
 
 PROMPT = "Once upon a time"
+WINDOW = 256  # what the bundled model was trained on
 
 
 def evaluate(
@@ -68,7 +69,7 @@ def open_model(
     weight_files(directory)
     with quiet():
         model = loading.load(directory, dtype=dtype or "auto", trust_remote_code=trust_remote_code)
-    return model.to(device).eval()
+    return moved(model, torch.device(device)).eval()
 
 
 def folded(model: PreTrainedModel) -> PreTrainedModel:
@@ -84,9 +85,11 @@ def demo(out: Path | None, ratio: float, progress: Progress = silent) -> dict[st
     """Compress the bundled model with the default recipe, and measure both on text that calibration did not see."""
     with tempfile.TemporaryDirectory(prefix="spectrim-demo-") as folder:
         target = out or Path(folder) / "compressed"
-        made = pipeline.compress("reference", ratio=ratio, out=target, work=Path(folder) / "work", progress=progress)
-        dense = evaluate("reference", progress=progress)
-        compressed = evaluate(str(target), "reference-evaluation", reference="reference", progress=progress)
+        made = pipeline.compress(
+            "reference", ratio=ratio, out=target, work=Path(folder) / "work", length=WINDOW, progress=progress
+        )
+        dense = evaluate("reference", window=WINDOW, progress=progress)
+        compressed = evaluate(str(target), "reference-evaluation", WINDOW, reference="reference", progress=progress)
     sides = {
         name: {
             "parameters": report["stored"]["total"],

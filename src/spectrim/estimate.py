@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from spectrim.core import budget
 from spectrim.core import plan as plans
 from spectrim.core.plan import Part, Plan
@@ -31,11 +33,12 @@ class Estimate:
 
     def to_json(self) -> dict[str, Any]:
         """All of it as JSON data."""
+        rows = [(t, p) for t in self.structure.targets for p in t.parts]
         return {
             "targets": [
-                {"name": t.name, "role": t.role, "out": p.out_features, "in": p.in_features, "choice": self._choice(t.name)}
-                for t in self.structure.targets
-                for p in t.parts
+                {"name": t.name, "role": t.role, "out": p.out_features, "in": p.in_features}
+                | {"choice": self._choice(t.name)}
+                for t, p in rows
             ],
             "notes": list(self.structure.notes),
             "parameters": self.totals,
@@ -48,9 +51,7 @@ class Estimate:
         return None if choice is None else {"formats": dict(choice.formats), "counts": dict(choice.counts)}
 
 
-def estimate(
-    model: str | Path, recipe: Recipe, device: str = "cpu", trust_remote_code: bool = False
-) -> Estimate:
+def estimate(model: str | Path, recipe: Recipe, device: str = "cpu", trust_remote_code: bool = False) -> Estimate:
     """Plan a run of `recipe` on `model` without reading a weight. Raises like `compress` for bad input."""
     directory = resolve(str(model))
     checkpoint = Checkpoint(directory, compute_dtype(device), trust_remote_code)
@@ -89,19 +90,22 @@ def _memory(
     block = model.get_submodule(structure.block(0))
     weights = sum(p.numel() for p in block.parameters()) * size
     embedding = model.get_input_embeddings().weight
+    assert isinstance(embedding, Tensor)
     length = recipe.calibrate.length or min(DEFAULT_LENGTH, max_positions(model) or DEFAULT_LENGTH)
-    measured = any(d.needs for job in jobs for d in job.decomposers.values())
-    hidden = embedding.shape[1] * recipe.calibrate.sequences * length * size if measured else 0
+    batch = min(recipe.calibrate.batch, recipe.calibrate.sequences)
+    hidden = embedding.shape[1] * recipe.calibrate.sequences * length * size
     inputs = {p.input: p.in_features for t in structure.of_block(0) for p in t.parts}
     widest = max(p.in_features + p.out_features for t in structure.of_block(0) for p in t.parts)
-    return {
+    factorisation = {"factorisation": max(_workspace(p) for t in structure.of_block(0) for p in t.parts)}
+    if not any(d.needs for job in jobs for d in job.decomposers.values()):
+        return factorisation | {"imports": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    return factorisation | {
         "imports": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "embedding": embedding.numel() * size if measured else 0,
+        "embedding": embedding.numel() * size,
         "hidden_states": hidden,
-        "block_weights": 2 * weights if measured else 0,
-        "statistics": sum(8 * width**2 for width in inputs.values()) if measured else 0,
-        "activations": 4 * min(recipe.calibrate.batch, recipe.calibrate.sequences) * length * widest * size if measured else 0,
-        "factorisation": max(_workspace(p) for t in structure.of_block(0) for p in t.parts),
+        "block_weights": 2 * weights,
+        "statistics": sum(8 * width**2 for width in inputs.values()),
+        "activations": 4 * batch * length * widest * size,
     }
 
 
@@ -109,4 +113,3 @@ def _workspace(part: Part) -> int:
     """float64: the weight and its product with the metric, then the matrix, its eigenvectors and LAPACK's own two."""
     smaller = min(part.out_features, part.in_features)
     return 8 * (3 * part.parameters + 5 * smaller**2)
-

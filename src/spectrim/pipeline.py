@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from spectrim import recipe as recipes
 from spectrim.calibrate.collect import BlockStatistics, Wanted
 from spectrim.calibrate.resident import resident
 from spectrim.calibrate.streamed import streamed
-from spectrim.core import budget, plan as plans
+from spectrim.core import budget
+from spectrim.core import plan as plans
 from spectrim.core.plan import Candidate, Plan, Target, Units
 from spectrim.core.registry import Problem
 from spectrim.core.store import Store, hash_of, write_json
@@ -194,6 +195,7 @@ def _windows(
     longest = max_positions(model)
     length = asked.calibrate.length or min(DEFAULT_LENGTH, longest or DEFAULT_LENGTH)
     if isinstance(text, Tensor):
+        _check_windows(text, model)
         length = text.shape[1]
     if longest is not None and length > longest:
         raise ValueError(f"calibration length {length} exceeds the model's maximum of {longest} positions")
@@ -211,8 +213,22 @@ def _windows(
     }  # fmt: skip
     if not store.has("windows", key):
         windows = texts.sample_windows(sources, tokenizer, settings.sequences, length, settings.seed)
+        _check_windows(windows, model)
         store.save("windows", key, {"ids": windows})
     return store.load("windows", key)["ids"]
+
+
+def _check_windows(windows: Tensor, model: PreTrainedModel) -> None:
+    """Raise ValueError for windows that are no token ids, sequences × length, of this model."""
+    if windows.ndim != 2 or windows.is_floating_point() or windows.numel() == 0:
+        kind = f"{str(windows.dtype).removeprefix('torch.')} of shape {tuple(windows.shape)}"
+        raise ValueError(f"no calibration windows: {kind}, not token ids, sequences × length")
+    embedding = model.get_input_embeddings().weight
+    assert isinstance(embedding, Tensor)
+    vocabulary, largest = embedding.shape[0], int(windows.max())
+    if int(windows.min()) < 0 or largest >= vocabulary:
+        wrong = largest if largest >= vocabulary else int(windows.min())
+        raise ValueError(f"token {wrong} is not in the model's vocabulary of {vocabulary}: is the tokenizer its own?")
 
 
 def _tokenizer_hash(tokenizer: Any) -> str:
@@ -305,13 +321,13 @@ class _Run:
         assert self.windows is not None
         tokens, widest = self.windows.numel(), max(p.in_features for t in self.structure.targets for p in t.parts)
         if tokens < widest:
-            logger.warning("%d calibration tokens for inputs of width %d: statistics are rank deficient", tokens, widest)
+            logger.warning(
+                "%d calibration tokens for inputs of width %d: statistics are rank deficient", tokens, widest
+            )
         batches = [Batch(ids) for ids in self.windows.split(self.asked.calibrate.batch)]
         if not any(s.needs_gradient for w in wanted.values() for chosen in w.targets.values() for s in chosen):
             return streamed(self.source, self.structure, batches, wanted, self.device, self.progress)
-        model = self.source.model
-        if isinstance(self.source, Checkpoint):
-            model = AutoModelForCausalLM.from_pretrained(self.source.directory, dtype=model.dtype).to(self.device).eval()
+        model = self.source.whole(self.device)
         return resident(model, self.structure, batches, wanted, self.progress)
 
     def _keep_block(self, index: int, measured: BlockStatistics, wanted: Wanted, store: Store) -> None:
@@ -347,9 +363,7 @@ class _Run:
         (part,) = target.parts
         format = self.formats[target.name]
         units = Units("rank", values["rank.scores"], values.get("rank.errors"), budget.unit_cost(format, part))
-        return Candidate(
-            target, (units,), lambda: store.load("candidate", key), lambda: self._weights(target), format
-        )
+        return Candidate(target, (units,), lambda: store.load("candidate", key), lambda: self._weights(target), format)
 
     def allocate(self, job: Job, candidates: Mapping[str, Candidate], store: Store) -> Plan:
         """The plan of a job whose allocator reads candidates and statistics of the blocks."""
@@ -358,7 +372,8 @@ class _Run:
             for index in range(self.structure.count)
         }
         own = {target.name: candidates[target.name] for target in job.targets}
-        return _allocate(job, self.asked, candidates=own, statistics=measured)
+        around = {target.name: measured[target.blocks[-1]] for target in job.targets}
+        return _allocate(job, self.asked, candidates=own, statistics=around)
 
     def finish(
         self,
@@ -379,9 +394,7 @@ class _Run:
         assert isinstance(self.source, Checkpoint)
         with writer.new_directory(Path(out), overwrite) as directory:
             with self.timings.stage("write"):
-                apply.streamed(
-                    self.source, self.structure, plan, candidates, directory, dtype, progress=self.progress
-                )
+                apply.streamed(self.source, self.structure, plan, candidates, directory, dtype, progress=self.progress)
             before, after = parameters(self.source.directory), parameters(directory)
             summary, facts = self._summary(plan, before["total"], after["total"]), self._facts()
             write_json(directory / "spectrim.json", summary)

@@ -100,7 +100,9 @@ def grouped(recipe: Recipe, targets: Sequence[Target]) -> list[list[Target]]:
         members = [target for target in targets if matches(group.match, target)]
         if not members:
             roles = sorted({target.role for target in targets})
-            raise RecipeError(f"groups.{i}: match {group.match!r} has no target here; roles present: {', '.join(roles)}")
+            raise RecipeError(
+                f"groups.{i}: match {group.match!r} has no target here; roles present: {', '.join(roles)}"
+            )
         for target in members:
             if target.name in owners:
                 raise RecipeError(f"{target.name} is in two groups: groups.{owners[target.name]} and groups.{i}")

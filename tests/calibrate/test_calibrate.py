@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -111,8 +112,28 @@ def assert_same(measured: Measured, expected: dict[str, Any], structure: Structu
         torch.testing.assert_close(block.block[Cosine()], expected[f"block {index}"].reshape(1), rtol=1e-5, atol=0)
 
 
-def run_streamed(source: Checkpoint | LiveModel, wanted: dict[int, Wanted], batches: list[Batch]) -> Measured:
-    return dict(streamed(source, structure_of(source.model), batches, wanted, CPU))
+def run_streamed(
+    model: PreTrainedModel | Checkpoint, structure: Structure, wanted: dict[int, Wanted], batches: list[Batch]
+) -> Measured:
+    source = model if isinstance(model, Checkpoint) else LiveModel(model)
+    return dict(streamed(source, structure, batches, wanted, CPU))
+
+
+Built = tuple[PreTrainedModel, Path, Structure]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Built]:
+    """A family's model, in memory and on disk, and its structure; made once, and only read."""
+
+    @functools.cache
+    def build(name: str) -> Built:
+        model = FAMILIES[name].make()
+        directory = tmp_path_factory.mktemp("families") / name
+        model.save_pretrained(directory)
+        return model, directory, structure_of(model)
+
+    return build
 
 
 def assert_identical(one: Measured, other: Measured) -> None:
@@ -129,30 +150,27 @@ def assert_identical(one: Measured, other: Measured) -> None:
 
 @pytest.mark.parametrize("side", ["none", "left", "right"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_streamed_from_disk_resident_and_by_hand_agree(name: str, side: str, tmp_path: Path) -> None:
-    model = FAMILIES[name].make()
-    model.save_pretrained(tmp_path)
-    structure = structure_of(model)
+def test_streamed_from_disk_resident_and_by_hand_agree(name: str, side: str, built: Callable[[str], Built]) -> None:
+    model, directory, structure = built(name)
     ids, mask = token_ids(), padding(side)
     wanted = wanting(structure, (Gram(), Norm(1)), (Cosine(),))
-    from_disk = run_streamed(Checkpoint(tmp_path), wanted, batches_of(ids, mask))
+    from_disk = run_streamed(Checkpoint(directory), structure, wanted, batches_of(ids, mask))
     in_memory = dict(resident(model, structure, batches_of(ids, mask), wanted))
     assert_identical(from_disk, in_memory)
-    assert_identical(from_disk, run_streamed(LiveModel(model), wanted, batches_of(ids, mask)))
+    assert_identical(from_disk, run_streamed(model, structure, wanted, batches_of(ids, mask)))
     assert_same(from_disk, by_hand(model, structure, ids, mask), structure)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_pads_on_the_right_count_for_nothing(name: str, tmp_path: Path) -> None:
+def test_pads_on_the_right_count_for_nothing(name: str, built: Callable[[str], Built]) -> None:
     """A padded batch gives what its sequences give one by one, cut to their real tokens."""
-    model = FAMILIES[name].make()
-    structure = structure_of(model)
+    model, _, structure = built(name)
     ids, mask = token_ids(), padding("right")
     assert mask is not None
     wanted = wanting(structure, (Gram(), Norm(1)), (Cosine(),))
-    padded = run_streamed(LiveModel(model), wanted, batches_of(ids, mask))
+    padded = run_streamed(model, structure, wanted, batches_of(ids, mask))
     alone = [Batch(ids[i : i + 1, : int(mask[i].sum())]) for i in range(len(ids))]
-    single = run_streamed(LiveModel(model), wanted, alone)
+    single = run_streamed(model, structure, wanted, alone)
     for index in padded:
         for key, values in padded[index].inputs.items():
             for statistic, value in values.items():
@@ -268,9 +286,9 @@ def test_dropout_is_off_while_a_live_model_is_streamed() -> None:
     model = FAMILIES["gpt2"].make()
     structure = structure_of(model)
     wanted = wanting(structure, (Gram(),), (Cosine(),))
-    expected = run_streamed(LiveModel(model), wanted, batches_of(token_ids(), None))
+    expected = run_streamed(model, structure, wanted, batches_of(token_ids(), None))
     model.train()
-    assert_identical(run_streamed(LiveModel(model), wanted, batches_of(token_ids(), None)), expected)
+    assert_identical(run_streamed(model, structure, wanted, batches_of(token_ids(), None)), expected)
     assert all(module.training for module in model.modules())
 
 
@@ -291,7 +309,7 @@ def test_sublayer_cosines_are_those_of_the_states_around_each_norm(name: str) ->
     middle = between[0].reshape(before.shape).double()
     expected = [torch.cosine_similarity(a, b, dim=-1).mean() for a, b in ((before, middle), (middle, after))]
     wanted = wanting(structure, (), (SublayerCosine(), Cosine()))
-    measured = run_streamed(LiveModel(model), wanted, batches_of(ids, None))
+    measured = run_streamed(model, structure, wanted, batches_of(ids, None))
     torch.testing.assert_close(measured[1].block[SublayerCosine()], torch.stack(expected), rtol=1e-5, atol=0)
 
 
@@ -300,16 +318,15 @@ def test_sublayer_cosines_of_blocks_without_a_state_between_are_an_error(name: s
     model = FAMILIES[name].make()
     structure = structure_of(model)
     with pytest.raises(ValueError, match=r"\.0: .*sub-layer statistics are not defined for post-norm or parallel"):
-        run_streamed(LiveModel(model), wanting(structure, (), (SublayerCosine(),)), batches_of(token_ids(), None))
+        run_streamed(model, structure, wanting(structure, (), (SublayerCosine(),)), batches_of(token_ids(), None))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def test_sublayers_that_cannot_be_told_are_an_error() -> None:
     model = FAMILIES["mixtral"].make()
+    structure = structure_of(model)
     with pytest.raises(ValueError, match="has 0 targets of role down: its sub-layers are not known"):
-        run_streamed(
-            LiveModel(model), wanting(structure_of(model), (), (SublayerCosine(),)), batches_of(token_ids(), None)
-        )
+        run_streamed(model, structure, wanting(structure, (), (SublayerCosine(),)), batches_of(token_ids(), None))
 
 
 def test_values_that_are_not_finite_stop_calibration_and_say_where() -> None:
@@ -319,7 +336,7 @@ def test_values_that_are_not_finite_stop_calibration_and_say_where() -> None:
         model.model.layers[1].mlp.down_proj.weight.fill_(3e38)
     wanted = wanting(structure, (Gram(), FisherColumns()), ())
     with pytest.raises(ValueError, match=r"model\.layers\.1 gives values that are not finite on batch 0"):
-        run_streamed(LiveModel(model), wanted, batches_of(token_ids(), None))
+        run_streamed(model, structure, wanted, batches_of(token_ids(), None))
     with pytest.raises(ValueError, match="the loss of calibration sequence 0 is not finite"):
         dict(resident(model, structure, batches_of(token_ids(), None), wanted))
     assert all(parameter.requires_grad for parameter in model.parameters())

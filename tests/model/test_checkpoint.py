@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import spectrim
 from spectrim.model import checkpoint, targets
 from spectrim.model.checkpoint import Checkpoint, LiveModel
 from tests.families import FAMILIES, LAYERS
@@ -136,14 +137,34 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path: Path, value: float) -> N
         model.model.embed_tokens.weight[1, 1] = value
     model.save_pretrained(tmp_path)
     message = r"weight model\.layers\.1\.mlp\.up_proj\.weight holds 2 values that are not finite"
-    for source in (Checkpoint(tmp_path), LiveModel(model)):
-        source.load("model.layers.0", CPU)
-        with pytest.raises(ValueError, match=message):
-            source.load("model.layers.1", CPU)
-        with pytest.raises(ValueError, match=message):
-            source.read("model.layers.1.mlp.up_proj.weight")
+    source = Checkpoint(tmp_path)
+    source.load("model.layers.0", CPU)
+    with pytest.raises(ValueError, match=message):
+        source.load("model.layers.1", CPU)
+    with pytest.raises(ValueError, match=message):
+        source.read("model.layers.1.mlp.up_proj.weight")
+    with pytest.raises(ValueError, match=r"weight model\.embed_tokens\.weight holds 1 values"):
+        source.whole(CPU)
+    with pytest.raises(ValueError, match=r"weight model\.embed_tokens\.weight holds 1 values"):
+        LiveModel(model)
     with pytest.raises(ValueError, match=r"weight model\.embed_tokens\.weight holds 1 values"):
         Checkpoint(tmp_path).load_outside("model.layers", CPU)
+
+
+def test_a_model_that_is_not_in_memory_is_refused() -> None:
+    model = FAMILIES["llama"].make()
+    model.lm_head.to("meta")
+    with pytest.raises(ValueError, match=r"lm_head\.weight is not in memory \(offloaded\)"):
+        LiveModel(model)
+
+
+def test_experts_of_another_shape_are_named(tmp_path: Path) -> None:
+    FAMILIES["mixtral"].make().save_pretrained(tmp_path)
+    keys = [key for key in load_file(tmp_path / "model.safetensors") if ".0." in key and key.endswith("w2.weight")]
+    edit(tmp_path, {key: torch.zeros(32, 40) for key in keys})
+    source = Checkpoint(tmp_path)
+    with pytest.raises(ValueError, match=r"weight model\.layers\.0\.mlp\.experts\.down_proj is .*40\) in the checkpoint"):
+        source.load("model.layers.0", CPU)
 
 
 def test_the_fingerprint_follows_weights_and_configuration(tmp_path: Path) -> None:
@@ -199,3 +220,12 @@ def test_a_checkpoint_without_floating_point_tensors_is_refused(tmp_path: Path) 
     save_file({"model.embed_tokens.weight": torch.zeros(2, dtype=torch.int32)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="holds no floating-point tensor"):
         Checkpoint(tmp_path)
+
+
+def test_a_compressed_model_is_not_compressed_again(tmp_path: Path) -> None:
+    model = FAMILIES["llama"].make()
+    spectrim.compress(model, "svd", ratio=0.3)
+    spectrim.save(model, tmp_path)
+    for make in (lambda: Checkpoint(tmp_path), lambda: LiveModel(model)):
+        with pytest.raises(ValueError, match=r"is compressed already \(quant_method spectrim\).*export --format dense"):
+            make()

@@ -16,8 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import spectrim
 from spectrim.model import loading, modules, quantizer
@@ -34,19 +33,21 @@ def block_list(model: PreTrainedModel) -> str:
     return next(name for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
 
 
-def compressed(model: PreTrainedModel) -> PreTrainedModel:
+SIZES: list[dict[str, Any]] = [
+    {"format": "low_rank", "rank": 5},
+    {"format": "pivot", "rank": 4, "side": "rows"},
+    {"format": "pivot", "rank": 4, "side": "columns", "kept": 3},
+    {"format": "low_rank_sparse", "rank": 3, "nnz": 60},
+    {"format": "low_rank_columns", "rank": 4, "kept": 5},
+]
+WITH_RANK_0: list[dict[str, Any]] = [*SIZES, {"format": "low_rank", "rank": 0}]
+
+
+def compressed(model: PreTrainedModel, sizes: list[dict[str, Any]] = WITH_RANK_0) -> PreTrainedModel:
     """Every linear of the blocks in another format, with random tensors; the format follows from its place."""
     layout = {}
     for place, (name, old) in enumerate(linears(model, block_list(model)).items()):
         rows, width = old.weight.shape if isinstance(old, nn.Linear) else reversed(old.weight.shape)
-        sizes: list[dict[str, Any]] = [
-            {"format": "low_rank", "rank": 5},
-            {"format": "pivot", "rank": 4, "side": "rows"},
-            {"format": "pivot", "rank": 4, "side": "columns", "kept": 3},
-            {"format": "low_rank_sparse", "rank": 3, "nnz": 60},
-            {"format": "low_rank_columns", "rank": 4, "kept": 5},
-            {"format": "low_rank", "rank": 0},
-        ]
         bias = old.bias is not None
         layout[name] = modules.checked({"in": width, "out": rows, "bias": bias, **sizes[place % len(sizes)]})
         model.set_submodule(name, built(layout[name], seed=place))
@@ -178,25 +179,34 @@ def test_with_the_package_imported_first(saved: Path, tmp_path: Path) -> None:
 from spectrim.model.hook import install
 install()
 install()
-result = {"heavy": [name for name in ("torch", "transformers") if name in sys.modules], "finders": len(sys.meta_path)}
-result["plain"] = difference(*sys.argv[1:])
-result["trust"] = difference(*sys.argv[1:], trust_remote_code=True)
-result["gone"] = result.pop("finders") - len(sys.meta_path)
+finders = lambda: [type(finder).__module__ for finder in sys.meta_path].count("spectrim.model.hook")
+result = {"heavy": [name for name in ("torch", "transformers") if name in sys.modules], "finders": [finders()]}
+saved, wanted, again = sys.argv[1:]
+result["plain"] = difference(saved, wanted)
+result["trust"] = difference(saved, wanted, trust_remote_code=True)
+from spectrim.model import loading
+loading.save(difference.last, again)
+result["finders"].append(finders())
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 result["from"] = AUTO_QUANTIZER_MAPPING["spectrim"].__module__
 print(json.dumps(result))
 """
-    found = script(code, tmp_path, saved, saved.parent / "logits.pt", package=True)
-    assert found == {"heavy": [], "plain": 0.0, "trust": 0.0, "gone": 1, "from": "spectrim.model.quantizer"}
+    found = script(code, tmp_path, saved, saved.parent / "logits.pt", tmp_path / "again", package=True)
+    assert found == {"heavy": [], "plain": 0.0, "trust": 0.0, "finders": [1, 0], "from": "spectrim.model.quantizer"}
+    for name in ("config.json", "spectrim_model.py", "model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (saved / name).read_bytes()
 
 
-def test_with_the_package_imported_last(saved: Path, tmp_path: Path) -> None:
+def test_with_the_package_imported_last(tmp_path: Path) -> None:
     code = """
-import transformers.quantizers.auto
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+before = "spectrim" in AUTO_QUANTIZER_MAPPING
 import spectrim
-print(json.dumps({"plain": difference(*sys.argv[1:])}))
+tables = (AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING)
+print(json.dumps({"before": before, "after": [table["spectrim"].__name__ for table in tables]}))
 """
-    assert script(code, tmp_path, saved, saved.parent / "logits.pt", package=True) == {"plain": 0.0}
+    found = script(code, tmp_path, package=True)
+    assert found == {"before": False, "after": ["SpectrimConfig", "SpectrimQuantizer"]}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -248,50 +258,8 @@ def test_other_dtypes(model: PreTrainedModel, saved: Path, dtype: torch.dtype | 
     loaded = loading.load(saved, dtype=dtype, device_map="cpu")
     wanted = torch.float32 if dtype == "auto" else dtype
     assert {p.dtype for p in loaded.parameters()} == {wanted}
-    assert {b.dtype for name, b in loaded.named_buffers() if ".layers." in name} == {torch.int32}
+    assert {t.dtype for t in loaded.state_dict().values()} == {wanted, torch.int32}
     torch.testing.assert_close(logits(loaded).float(), logits(model), atol=0.3, rtol=0.1)
-
-
-def test_offloaded_to_disk(model: PreTrainedModel, saved: Path, tmp_path: Path) -> None:
-    places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
-    places |= {"model.layers.0": "disk", "model.layers.1": "cpu"}
-    loaded = loading.load(saved, device_map=places, offload_folder=tmp_path / "offload")
-    assert loaded.get_submodule("model.layers.0.self_attn.q_proj.left").weight.is_meta
-    torch.testing.assert_close(logits(loaded), logits(model))
-
-
-def test_the_base_model_and_back(model: PreTrainedModel, saved: Path, tmp_path: Path) -> None:
-    """Names lose the base model's prefix, and get it again."""
-    base = AutoModel.from_pretrained(saved)
-    hidden = base(TOKENS).last_hidden_state
-    torch.testing.assert_close(hidden, model.model(TOKENS).last_hidden_state)
-    base.save_pretrained(tmp_path / "base")
-    assert min(loading.read_layout(tmp_path / "base")) == min(loading.read_layout(saved)).removeprefix("model.")
-    torch.testing.assert_close(logits(loading.load(tmp_path / "base")), logits(model))
-
-
-def test_a_loaded_model_is_not_refused_what_a_quantized_one_is(saved: Path) -> None:
-    loaded = loading.load(saved)
-    assert not loaded.is_quantized
-    assert {p.dtype for p in loaded.half().parameters()} == {torch.float16}
-    assert {p.dtype for p in loaded.float().parameters()} == {torch.float32}
-    assert all(p.requires_grad for p in loaded.parameters())
-
-
-@pytest.mark.parametrize("family", ["llama_tied", "gpt2"])
-def test_dequantize(family: str, tmp_path: Path) -> None:
-    model = compressed(FAMILIES[family].make())
-    before, kinds = logits(model), {type(m) for m in FAMILIES[family].make().modules()}
-    plain = model.half().float().dequantize()
-    assert {type(m) for m in plain.modules()} == kinds
-    torch.testing.assert_close(logits(plain), before, atol=1e-2, rtol=1e-2)
-    assert {p.dtype for p in plain.parameters()} == {torch.float32}
-    plain.save_pretrained(tmp_path)
-    assert not loading.is_compressed(tmp_path)
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(plain))
-    assert {p.dtype for p in compressed(FAMILIES[family].make()).dequantize(torch.bfloat16).parameters()} == {
-        torch.bfloat16
-    }
 
 
 def test_narrow_ffns(tmp_path: Path) -> None:
@@ -310,7 +278,7 @@ def test_a_newer_format_version(copied: Path) -> None:
     config["quantization_config"] |= {"format_version": 2, "later": {}}
     (copied / "config.json").write_text(json.dumps(config))
     for read in (loading.load, loading.read_layout):
-        with pytest.raises(ValueError, match="format_version 2.*up to version 1.*one that reads version 2"):
+        with pytest.raises(ValueError, match=r"format_version 2.*up to version 1.*one that reads version 2"):
             read(copied)
 
 
@@ -358,7 +326,7 @@ def test_attach_names_what_is_not_so() -> None:
     layout = model.hf_quantizer.layout
     with pytest.raises(ValueError, match=f"{Q}.*'rank': 9"):
         loading.attach(model, {**layout, Q: {**layout[Q], "rank": 9}})
-    with pytest.raises(ValueError, match="nowhere.*not in the model"):
+    with pytest.raises(ValueError, match=r"nowhere.*not in the model"):
         loading.attach(model, {**layout, "nowhere": layout[Q]})
     with pytest.raises(ValueError, match=r"lm_head.*None"):
         loading.attach(model, {**layout, "lm_head": layout[Q]})
@@ -376,7 +344,7 @@ def test_what_cannot_be_saved_or_read(model: PreTrainedModel, tmp_path: Path) ->
         loading.read_layout(tmp_path / "plain")
     with pytest.raises(ValueError, match=r"no config\.json"):
         loading.is_compressed(tmp_path)
-    with pytest.raises(ValueError, match="unknown keys .'more'"):
+    with pytest.raises(ValueError, match=r"unknown keys .'more'"):
         quantizer.SpectrimConfig(more=1)
 
 
@@ -424,8 +392,3 @@ def test_registering_again_keeps_a_newer_one(monkeypatch: pytest.MonkeyPatch) ->
     quantizer.register()
     assert table["spectrim"] is quantizer.SpectrimQuantizer
     assert quantizer.AUTO_QUANTIZATION_CONFIG_MAPPING["spectrim"] is quantizer.SpectrimConfig
-
-
-def test_conv1d_stays_conv1d_elsewhere() -> None:
-    model = compressed(FAMILIES["gpt2"].make())
-    assert not any(isinstance(m, Conv1D) for m in model.modules())

@@ -137,3 +137,23 @@ def test_a_file_is_no_place_for_a_directory(tmp_path: Path) -> None:
     for overwrite in (False, True):
         with pytest.raises(ValueError, match="is a file; give a directory"):
             writer.refuse_filled(tmp_path / "out", overwrite)
+
+
+def test_a_failure_at_the_very_end_brings_the_old_directory_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "file").write_text("old")
+    rename = Path.rename
+
+    def fail_for_the_new_one(self: Path, target: Path) -> Path:
+        if (self / "new").exists():
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_for_the_new_one)
+    with pytest.raises(OSError, match="Input/output error"), writer.new_directory(out, overwrite=True) as directory:
+        (directory / "new").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (out / "file").read_text() == "old"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar, Literal
 
 import torch
@@ -75,7 +76,7 @@ class Norm(Statistic):
 class Cosine(Statistic):
     """Mean cosine of the residual stream before and after a block, over tokens; one number."""
 
-    where = "block"
+    where: ClassVar[Where] = "block"
 
     def start(self, width: int, device: torch.device) -> State:
         """Zero sums; `width` is the number of steps: 1 for a block."""
@@ -83,7 +84,7 @@ class Cosine(Statistic):
 
     def update(self, state: State, *values: Float[Tensor, "tokens hidden"]) -> None:
         """`values` are the states in order: before, (between,) after."""
-        for i, (before, after) in enumerate(zip(values, values[1:], strict=False)):
+        for i, (before, after) in enumerate(pairwise(values)):
             similarity = torch.nn.functional.cosine_similarity(before.double(), after.double(), dim=-1)
             state["sum"][i] += similarity.sum()
             state["tokens"][i] += similarity.numel()

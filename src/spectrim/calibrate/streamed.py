@@ -37,9 +37,7 @@ def streamed(
     for index in range(total):
         prefix = structure.block(index)
         weights.load(prefix, device)
-        collector = Collector(
-            weights.model, prefix, structure.of_block(index), wanted.get(index, Wanted()), device
-        )
+        collector = Collector(weights.model, prefix, structure.of_block(index), wanted.get(index, Wanted()), device)
         with torch.no_grad(), without_dropout(weights.model), collector:
             for i, batch in enumerate(batches):
                 collector.mask = batch.mask

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 
 import torch
 from jaxtyping import Int
@@ -71,8 +72,8 @@ def allowed(targets: Sequence[Target], ratio: float) -> int:
     if not 0 <= ratio < 1:
         raise ValueError(f"ratio {ratio} is the fraction of parameters to remove: it must be at least 0 and below 1")
     dense = sum(target.parameters for target in targets)
-    # 1 − 0.9 is a little more than 0.1 in binary: round such noise away before the floor
-    return math.floor(round((1 - ratio) * dense, 6))
+    # 1 − 0.9 is not 0.1 in binary: take the short decimal that the user meant, and stay exact for any size
+    return math.floor((1 - Fraction(ratio).limit_denominator(10**9)) * dense)
 
 
 def rank_plan(targets: Sequence[Target], ranks: Mapping[str, int | None], format: str, budget: int) -> Plan:
@@ -94,7 +95,8 @@ def even_ranks(
 ) -> dict[str, int | None]:
     """Ranks that give every matrix the same share of its parameters, spending `budget` as far as units allow.
 
-    Ranks are multiples of `multiple`, at least `least` units each; None means dense. Steps (one more unit, or the
+    Ranks are multiples of `multiple`, at least `least` of them (or `largest_rank`, where that is less); None means
+    dense, as a matrix stays that no rank makes smaller. Steps (one more unit, or the
     last one to dense) are taken in the order of the share that they bring their matrix to, then by name: first all
     that fit in that order, then, skipping what does not fit, whatever still does. So the budget is never exceeded,
     what is left is less than a step, a larger budget never keeps less, and the order of `targets` does not matter.
@@ -103,20 +105,21 @@ def even_ranks(
     """
     parts = {target.name: target.parts[0] for target in sorted(targets, key=lambda t: t.name)}
     floor = {name: min(least * multiple, largest_rank(format, part)) for name, part in parts.items()}
-    lowest = sum(rank_cost(format, parts[name], rank) for name, rank in floor.items())
-    if lowest > budget:
-        dense = sum(part.parameters for part in parts.values())
-        largest = math.floor((1 - lowest / dense) * 1e4) / 1e4
-        raise ValueError(
-            f"ratio too large: it leaves {budget:,} parameters, but rank {least * multiple} everywhere needs "
-            f"{lowest:,} of {dense:,}; the largest possible ratio here is {largest}"
-        )
 
     def at_share(share: float) -> dict[str, int | None]:
         return {name: _rank_at(format, part, share, multiple, floor[name]) for name, part in parts.items()}
 
     def spent(ranks: Mapping[str, int | None]) -> int:
         return sum(_cost_or_dense(format, parts[name], rank) for name, rank in ranks.items())
+
+    lowest = spent(at_share(0.0))
+    if lowest > budget:
+        dense = sum(part.parameters for part in parts.values())
+        largest = (dense - lowest) * 10**4 // dense / 10**4
+        raise ValueError(
+            f"ratio too large: it leaves {budget:,} parameters, but rank {least * multiple} everywhere needs "
+            f"{lowest:,} of {dense:,}; the largest possible ratio here is {largest}"
+        )
 
     low, high = 0.0, 1.0
     ranks = at_share(high)

@@ -22,23 +22,32 @@ def directions(weight: Float[Tensor, "out in"], metric: Metric) -> tuple[Float[T
     weight = weight.double()
     out_features, in_features = weight.shape
     if out_features <= in_features:
-        energies, vectors = torch.linalg.eigh(_sandwich(weight, metric))
+        energies, vectors = torch.linalg.eigh(_sandwich(weight, metric), UPLO="U")
         left = vectors.flip(1)
     else:
+        # stored by columns, as LAPACK works: a row-major matrix would be turned around at each call
         reflectors, scales = torch.geqrf(weight)
-        energies, vectors = torch.linalg.eigh(_sandwich(reflectors[:in_features].triu(), metric))
-        padded = weight.new_zeros(out_features, in_features)
+        triangle = reflectors[:in_features].triu()
+        energies, vectors = torch.linalg.eigh(_sandwich(triangle, metric, triangular=True), UPLO="U")
+        padded = weight.new_zeros(in_features, out_features).T
         padded[:in_features] = vectors.flip(1)
         left = torch.ormqr(reflectors, scales, padded)
-    largest = left.gather(0, left.abs().argmax(0, keepdim=True))
-    return left * torch.where(largest < 0, -1.0, 1.0), energies.flip(0).clamp_min(0)
+    lowest, highest = torch.aminmax(left, dim=0)
+    return left.mul_(torch.where(-lowest > highest, -1.0, 1.0)), energies.flip(0).clamp_min(0)
 
 
-def _sandwich(weight: Float[Tensor, "out in"], metric: Metric) -> Float[Tensor, "out out"]:
-    if metric is None:
-        return weight @ weight.T
-    metric = metric.to(weight)
-    return (weight * metric if metric.ndim == 1 else weight @ metric) @ weight.T
+def _sandwich(weight: Float[Tensor, "out in"], metric: Metric, triangular: bool = False) -> Float[Tensor, "out out"]:
+    """The upper triangle of W M Wᵀ, zeros far below it; triangular: W is upper triangular, its zeros are skipped."""
+    rows = weight.shape[0]
+    product = weight.new_zeros(rows, rows)
+    metric = None if metric is None else metric.to(weight)
+    for start in range(0, rows, 256):
+        used = slice(start if triangular else 0, None)
+        strip = weight[start : start + 256, used]
+        if metric is not None:
+            strip = strip * metric[used] if metric.ndim == 1 else strip @ metric[used, used]
+        product[start : start + 256, start:] = strip @ weight[start:, used].T
+    return product
 
 
 def pivot_rows(
@@ -52,7 +61,7 @@ def pivot_rows(
     holds values of `dtype`. Source: PIFA (arXiv 2501.19090); the exchange is Gu and Eisenstat's (1996).
     """
     left, right = left.double(), right.double()
-    out_features, rank = left.shape
+    rank = left.shape[1]
     # columns scaled to one norm: the choice must not depend on how a direction's size is split between the factors
     basis = torch.linalg.qr(left).Q
     _, _, chosen = scipy.linalg.qr(basis.T.cpu().numpy(), mode="economic", pivoting=True, check_finite=False)

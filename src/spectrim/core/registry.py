@@ -26,9 +26,7 @@ class Decomposer(Protocol):
         """The statistics wanted; nothing else is collected."""
         ...
 
-    def decompose(
-        self, target: Target, weights: Mapping[str, Tensor], stats: Mapping[str, Statistics]
-    ) -> Candidate:
+    def decompose(self, target: Target, weights: Mapping[str, Tensor], stats: Mapping[str, Statistics]) -> Candidate:
         """The candidate of one target; `weights` and `stats` are keyed by the parts' modules."""
         ...
 
@@ -37,8 +35,8 @@ class Decomposer(Protocol):
 class Problem:
     """All that an allocator may see.
 
-    budget: parameters that may be kept over `targets`; format: the module format of rank units; candidates and
-    statistics (by target) only for an allocator whose `sees` is "units".
+    budget: parameters that may be kept over `targets`; format: the module format of rank units; candidates (by target)
+    and statistics (by index of the block) only for an allocator whose `sees` is "units".
     """
 
     targets: Sequence[Target]
@@ -46,7 +44,7 @@ class Problem:
     format: str
     generator: torch.Generator
     candidates: Mapping[str, Candidate] | None = None
-    statistics: Mapping[str, Statistics] | None = None
+    statistics: Mapping[int, Statistics] | None = None
 
 
 @runtime_checkable
@@ -143,5 +141,7 @@ def build(kind: str, table: Mapping[str, type[Any]], name: str, settings: Mappin
         return pydantic.TypeAdapter(table[name]).validate_python(dict(settings))
     except pydantic.ValidationError as error:
         problem = error.errors()[0]
-        where = ".".join(str(key) for key in problem["loc"])
-        raise ValueError(f"{kind} {name!r}, setting {where}: {problem['msg']}, given {problem['input']!r}") from error
+        # a check across settings has no place of its own, and names what it refuses in its message
+        where = "".join(f", setting {key}" for key in problem["loc"][:1])
+        reason = problem["msg"].removeprefix("Value error, ")
+        raise ValueError(f"{kind} {name!r}{where}: {reason}, given {problem['input']!r}") from error

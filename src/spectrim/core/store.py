@@ -93,7 +93,8 @@ class Store:
         path = self.path(kind, fields, "safetensors")
         try:
             with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys() if names is None or name in names}
+                known = list(file.keys())
+                return {name: file.get_tensor(name) for name in known if names is None or name in names}
         except (OSError, SafetensorError) as error:
             raise StoreError(f"{path} cannot be read ({error}); delete it and run again") from error
 

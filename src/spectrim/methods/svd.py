@@ -19,9 +19,10 @@ floor it, each differently).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -77,6 +78,10 @@ class ActivationSVD(MetricSVD):
 
     alpha: float = 0.5
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha < math.inf:
+            raise ValueError(f"alpha is {self.alpha}: it must be 0 (plain SVD) or more; 0.5 is as published")
+
     @property
     def needs(self) -> tuple[Statistic, ...]:
         """Column sums of abs x."""
@@ -94,6 +99,10 @@ class FisherSVD(MetricSVD):
     """SVD of W diag(i), i_j² = Σ_o F_oj: needs a backward pass over the whole model."""
 
     largest_spread: float = 1e4
+
+    def __post_init__(self) -> None:
+        if not self.largest_spread >= 1:
+            raise ValueError(f"largest_spread is {self.largest_spread}: the ratio of two weights is capped at 1 or more")
 
     @property
     def needs(self) -> tuple[Statistic, ...]:
@@ -149,7 +158,7 @@ class Uniform:
 
     multiple: int = 1
     needs = ()
-    sees: Literal["shapes", "units"] = "shapes"
+    sees: ClassVar[Literal["shapes", "units"]] = "shapes"  # not a field: no setting
 
     def __post_init__(self) -> None:
         if self.multiple < 1:

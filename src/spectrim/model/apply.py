@@ -78,13 +78,19 @@ def live(
             weight = old.weight
             assert isinstance(weight, nn.Parameter)
             tensors = form(layout[part.module], cut[part.module], weight.dtype)
-            new = modules.FORMATS[layout[part.module]["format"]].build(layout[part.module], tensors, old.bias)
+            new = modules.FORMATS[layout[part.module]["format"]].build(layout[part.module], tensors, _bias(old))
             parent, _, leaf = part.module.rpartition(".")
             setattr(model.get_submodule(parent), leaf, new.to(weight.device).train(old.training))
         progress("write", i + 1, len(plan.choices))
     if layout:
         loading.attach(model, layout)
     return model
+
+
+def _bias(module: nn.Module) -> Tensor | None:
+    bias = module.bias
+    assert bias is None or isinstance(bias, Tensor)
+    return bias
 
 
 @torch.no_grad()

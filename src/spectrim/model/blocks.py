@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from transformers import PreTrainedModel
 
-from spectrim.core.plan import Target
 from spectrim.model.targets import Structure
 
 logger = logging.getLogger(__name__)
@@ -151,7 +150,9 @@ def share_inputs(model: PreTrainedModel, structure: Structure) -> Structure:
     zeros before them. Where a block cannot run there (experts chosen by data), what was not reached keeps its own key.
     """
     copied = _weightless(model, structure)
-    width = model.get_input_embeddings().weight.shape[1]
+    embedding = model.get_input_embeddings().weight
+    assert isinstance(embedding, Tensor)
+    width = embedding.shape[1]
     batch = {"inputs_embeds": torch.zeros(1, 4, width, dtype=copied.dtype)}
     state, calls = _record(copied, structure, batch)
     keys: dict[str, str] = {}
@@ -166,7 +167,7 @@ def share_inputs(model: PreTrainedModel, structure: Structure) -> Structure:
 
 
 def _weightless(model: PreTrainedModel, structure: Structure) -> PreTrainedModel:
-    """A new model of the same configuration: blocks and embeddings on the meta device, the little else made of zeros."""
+    """A new model of the same configuration: blocks and embeddings on the meta device, the rest made of zeros."""
     with init_empty_weights(include_buffers=False):
         copied = type(model)._from_config(copy.deepcopy(model.config)).eval()
     ends = [copied.get_input_embeddings(), copied.get_output_embeddings()]

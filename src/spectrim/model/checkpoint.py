@@ -55,6 +55,10 @@ class Weights(Protocol):
         """The tensor stored under the model's parameter name, in its stored dtype."""
         ...
 
+    def whole(self, device: torch.device) -> PreTrainedModel:
+        """The model with all its weights, on `device`."""
+        ...
+
     def fingerprint(self) -> str:
         """A hash of every weight: part of a store key."""
         ...
@@ -91,12 +95,33 @@ def read_config(directory: Path, trust_remote_code: bool = False) -> PretrainedC
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{directory}: the configuration cannot be used: {error}") from error
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if type(config) not in AutoModelForCausalLM._model_mapping and not remote:
+    if not remote and not _is_causal(config):
+        made_for = ", ".join(config.architectures or ()) or config.model_type
         raise ValueError(
-            f"{directory} is a {config.model_type} model, which is not a causal language model of transformers; "
-            "spectrim compresses decoder models (AutoModelForCausalLM)"
+            f"{directory} is a {config.model_type} model ({made_for}), which is not a causal language model of "
+            "transformers; spectrim compresses decoder models (AutoModelForCausalLM)"
         )
     return config
+
+
+def _is_causal(config: PretrainedConfig) -> bool:
+    """Whether transformers has a causal model of this configuration, and the checkpoint was saved as one."""
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        return False
+    known = AutoModelForCausalLM._model_mapping[type(config)].__name__
+    endings = (known, "ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+    return not config.architectures or any(name.endswith(endings) for name in config.architectures)
+
+
+def refuse_quantized(config: PretrainedConfig, name: str) -> None:
+    """Raise ValueError for a model whose weights are compressed or quantized already."""
+    entry = getattr(config, "quantization_config", None)
+    if entry is not None:
+        method = entry.get("quant_method") if isinstance(entry, dict) else getattr(entry, "quant_method", entry)
+        raise ValueError(
+            f"{name} is compressed already (quant_method {method}): give the model it was made from, or a dense one "
+            "(of spectrim's own: spectrim export --format dense)"
+        )
 
 
 def skeleton(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -145,8 +170,9 @@ class Checkpoint:
     """A checkpoint on disk, read a module at a time; `dtype` is the one to compute in (None: as stored)."""
 
     def __init__(self, directory: Path, dtype: torch.dtype | None = None, trust_remote_code: bool = False):
-        self.directory = directory
+        self.directory, self.trust_remote_code = directory, trust_remote_code
         self.config = read_config(directory, trust_remote_code)
+        refuse_quantized(self.config, str(directory))
         self.files = weight_files(directory)
         self.where = {key: file for file in self.files for key in _keys(file)}
         self.stored_dtype = self._main_dtype()
@@ -181,6 +207,16 @@ class Checkpoint:
                 self.names[key] = name
                 if pattern is not None:
                     self.converted.add(key)
+                elif self._shape(key) != state[name].shape:
+                    raise ValueError(self._misfit(name, self._shape(key), state[name].shape))
+
+    def _shape(self, key: str) -> torch.Size:
+        with safe_open(self.where[key], framework="pt") as file:
+            return torch.Size(file.get_slice(key).get_shape())
+
+    def _misfit(self, name: str, stored: torch.Size, expected: torch.Size) -> str:
+        shapes = f"is {tuple(stored)} in the checkpoint, {tuple(expected)} by its config.json"
+        return f"{self.directory}: the weight {name} {shapes}; they do not belong together"
 
     def stored_key(self, name: str) -> str:
         """The checkpoint's key of a parameter that is stored by itself. Raises ValueError if it is not."""
@@ -210,9 +246,12 @@ class Checkpoint:
 
     def _load(self, keys: list[str], device: torch.device) -> None:
         pieces = {key: self._tensor(key) for key in keys}
-        settings = LoadStateDictConfig(weight_mapping=self.mapping, dtype=self.model.dtype, device_map={"": device})
+        mapping: Any = self.mapping
+        settings = LoadStateDictConfig(weight_mapping=mapping, dtype=self.model.dtype, device_map={"": device})
         with quiet():
-            convert_and_load_state_dict_in_model(self.model, pieces, settings)
+            found, _ = convert_and_load_state_dict_in_model(self.model, pieces, settings)
+        for name, stored, expected in sorted(found.mismatched_keys):
+            raise ValueError(self._misfit(name, stored, expected))
         for name in {self.names[key] for key in keys}:
             _check_finite(name, self._parameter(name))
 
@@ -255,6 +294,15 @@ class Checkpoint:
         with safe_open(self.where[key], framework="pt") as file:
             return DTYPES[file.get_slice(key).get_dtype()]
 
+    def whole(self, device: torch.device) -> PreTrainedModel:
+        """As in `Weights`."""
+        with quiet():
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                self.directory, dtype=self.model.dtype, trust_remote_code=self.trust_remote_code
+            )
+        check_finite(model)
+        return moved(model, device).eval()
+
     def fingerprint(self) -> str:
         """As in `Weights`: sha256 over the files and the configuration."""
         return file_hash([*self.files, self.directory / "config.json"])
@@ -264,12 +312,12 @@ class LiveModel:
     """A model in memory: `load` and `release` have nothing to do."""
 
     def __init__(self, model: PreTrainedModel):
+        refuse_quantized(model.config, "the model")
+        check_finite(model)
         self.model = model
 
     def load(self, prefix: str, device: torch.device) -> None:
-        """Nothing to load; checks that the weights are finite."""
-        for name, parameter in self.model.get_submodule(prefix).named_parameters(prefix):
-            _check_finite(name, parameter)
+        """Nothing to load."""
 
     def load_outside(self, blocks: str, device: torch.device) -> list[str]:
         """Nothing to load."""
@@ -283,9 +331,11 @@ class LiveModel:
 
     def read(self, name: str) -> Tensor:
         """As in `Weights`."""
-        tensor = self.model.get_parameter(name).detach()
-        _check_finite(name, tensor)
-        return tensor
+        return self.model.get_parameter(name).detach()
+
+    def whole(self, device: torch.device) -> PreTrainedModel:
+        """As in `Weights`; a live model stays where it is."""
+        return self.model
 
     def fingerprint(self) -> str:
         """As in `Weights`: sha256 over the state dict."""
@@ -321,6 +371,14 @@ def _under(name: str, prefix: str) -> bool:
     return name == prefix or name.startswith(f"{prefix}.")
 
 
+def check_finite(model: nn.Module) -> None:
+    """Raise ValueError naming a parameter that holds NaN or infinity, or no values at all (offloaded)."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(f"the weight {name} is not in memory (offloaded): load the whole model, or give its directory")
+        _check_finite(name, parameter)
+
+
 def _check_finite(name: str, tensor: Tensor) -> None:
     if tensor.is_floating_point() and not torch.isfinite(tensor).all():
         bad = int((~torch.isfinite(tensor)).sum())
@@ -337,6 +395,12 @@ def quiet() -> Iterator[None]:
     finally:
         if enabled:
             hf_logging.enable_progress_bar()
+
+
+def moved(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """The model on a device."""
+    on_device: PreTrainedModel = nn.Module.to(model, device)
+    return on_device
 
 
 Progress = Callable[[str, int, int], None]

@@ -190,6 +190,7 @@ def _dense_model(config: PretrainedConfig, layout: Layout) -> tuple[dict[str, An
     """Return a dense skeleton the folded weights go into, and how its config differs from the one given."""
     first = skeleton(config, torch.float32)
     modules.swap(copy.deepcopy(first), layout)
+    resized = any(_shape(first, name) != (spec["out"], spec["in"]) for name, spec in layout.items())
     widths = {(_shape(first, name)[1], spec["in"]) for name, spec in layout.items()}
     lost = [pair for pair in widths if pair[1] < pair[0]]
     keys = config.to_dict()
@@ -199,9 +200,9 @@ def _dense_model(config: PretrainedConfig, layout: Layout) -> tuple[dict[str, An
     if any(spec["bias"] and first.get_submodule(name).bias is None for name, spec in layout.items()):
         biased = [*({key: True} for key in flags), dict.fromkeys(flags, True)]
     # First what gives the very shapes of the compressed model, then what leaves a gap to fill.
-    for width, bias in [*product(narrower if lost else [{}], biased), *product([{}], biased)]:
+    for width, bias in [*product(narrower, biased), *product([{}], biased)]:
         model = _changed(config, {**width, **bias}) if width or bias else first
-        if model is not None and _holds(model, first, layout, exact=bool(width) or not lost):
+        if model is not None and _holds(model, first, layout, exact=bool(width) or not resized):
             return {**width, **bias}, model
     names = sorted(name for name, spec in layout.items() if spec["bias"] and first.get_submodule(name).bias is None)
     raise ValueError(f"{config.model_type} has no place for the bias of {names[:3]} ({len(names)} modules)")

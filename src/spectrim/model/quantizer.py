@@ -103,6 +103,8 @@ class SpectrimQuantizer(HfQuantizer):
         guard = guard_name(self.layout)
         self.quantization_config.layout = _local(model, self.layout, prefix)  # type: ignore[attr-defined]
         swap(model, self.layout)
+        for name, spec in self.layout.items():
+            _stand_in(spec, model.get_submodule(name))
         if guard is not None:
             pattern = rf"(^|\.){re.escape(guard.removeprefix(prefix + '.'))}\.weight$"
             known = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
@@ -175,8 +177,18 @@ def _local(model: nn.Module, layout: dict[str, dict[str, Any]], prefix: str) -> 
     return {local(name): spec for name, spec in layout.items()}
 
 
+def _stand_in(spec: dict[str, Any], module: nn.Module) -> None:
+    """Give a module a `weight` until it is loaded: some families' initialisation wants to see that it needs none."""
+    if spec["format"] != "dense":
+        weight: Any = torch.empty(spec["out"], spec["in"], device="meta")
+        weight._is_hf_initialized = True
+        module.weight = weight
+
+
 def _settle(name: str, spec: dict[str, Any], module: nn.Module) -> None:
     """Check that a module got all its tensors, then let it derive its buffers. ValueError names the module."""
+    if spec["format"] != "dense":
+        del module.weight  # the stand-in
     missing = []
     wanted = empty(spec, device="meta").state_dict()
     for key, tensor in module.state_dict(keep_vars=True).items():

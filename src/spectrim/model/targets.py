@@ -126,7 +126,7 @@ def find(model: PreTrainedModel) -> Structure:
 
 
 def _expert_parts(block: nn.Module) -> set[str]:
-    """Names inside a block of experts (a list of modules, or one 3-D parameter) and of linears beside them (routers)."""
+    """Names inside a block of experts (a list of modules or one 3-D parameter) and of linears beside them (routers)."""
     found = set()
     for name, module in block.named_modules():
         packed = any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))

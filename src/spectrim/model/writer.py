@@ -90,7 +90,7 @@ def _write_file(path: Path, items: Sequence[Item]) -> Iterator[int]:
             for name, tensor in made.items():
                 file.seek(8 + len(encoded) + starts[name])
                 # reshape(-1).view(uint8): the bytes as they lie in memory, for bfloat16 too, which numpy lacks
-                file.write(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+                file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
             yield item.bytes
         file.flush()
         os.fsync(file.fileno())
@@ -110,9 +110,13 @@ def new_directory(out: Path, overwrite: bool) -> Iterator[Path]:
         temporary.chmod(0o755)
         if out.exists():
             old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.old."))
-            out.rename(old / "old")
-            temporary.rename(out)
-            shutil.rmtree(old)
+            try:
+                out.rename(old / "old")
+                temporary.rename(out)
+            finally:
+                if not out.exists():
+                    (old / "old").rename(out)
+                shutil.rmtree(old)
         else:
             temporary.rename(out)
     finally:
