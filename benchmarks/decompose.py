@@ -1,8 +1,8 @@
 """Decomposition of a weight against its bare kernels, and against Cholesky whitening with an SVD.
 
-`ours` is what a run does to one matrix: `linalg.directions` in the metric of a full Gram, then the cut at the break-even
-rank, right = leftᵀ W. `kernels` is the least that must be computed: the products that form the matrix, its `eigh`,
-right, and for out > in the QR before them. `cholesky` is the usual route: Cholesky of the Gram and `torch.linalg.svd`
+`ours` is what a run does to one matrix: `linalg.directions` in the metric of a full Gram, then the cut at the
+break-even rank, right = leftᵀ W. `kernels` is the least that must be computed: the products that form the matrix, its
+`eigh`, right, and for out > in the QR before them. `cholesky` is the usual route: Cholesky of the Gram and `torch.linalg.svd`
 (gesdd) of W · factor, both float64; what it would still need to form its factors is left out, in its favour.
 On one thread the seconds are those of the processor, which other programs on the machine do not lengthen.
 """
@@ -23,6 +23,7 @@ from spectrim.core.linalg import directions
 from spectrim.core.plan import Part
 
 SHAPES = ((1024, 1024), (2048, 5632), (5632, 2048))
+REPEATS = (7, 5, 7)
 OVER_KERNELS = Bound("at most", 1.15)
 OVER_CHOLESKY = Bound("at most", 1.0)
 
@@ -61,31 +62,36 @@ def cholesky(weight: Float[Tensor, "out in"], gram: Float[Tensor, "in in"]) -> F
     return torch.linalg.svd(weight.double() @ torch.linalg.cholesky(gram), full_matrices=False).U
 
 
-def cases(out_features: int, in_features: int, repeats: int, threads: int, against_cholesky: bool) -> list[Case]:
-    """Both ratios of one shape; the second only where out ≤ in, where it has a bound."""
+def cases(out_features: int, in_features: int, repeats: int, threads: int) -> list[Case]:
+    """Both ratios of one shape: to the kernels, and where out ≤ in to Cholesky. Bounds are for one thread."""
     torch.set_num_threads(threads)
     weight, gram = problem(out_features, in_features)
     rank = largest_rank("low_rank", Part("", out_features, in_features, ""))
     left = torch.linalg.qr(torch.randn(out_features, rank)).Q
     runs = {"ours": lambda: ours(weight, gram, rank), "kernels": lambda: kernels(weight, gram, left)}
-    if against_cholesky:
+    if out_features <= in_features:
         runs["cholesky"] = lambda: cholesky(weight, gram)
     turns = common.in_turns(runs, repeats)
     seconds = turns.processor if threads == 1 else turns.wall
-    shape = f"{out_features} × {in_features}"
     details = {"rank": rank, "seconds": common.medians(seconds)}
-    bounds = {"kernels": OVER_KERNELS, "cholesky": OVER_CHOLESKY}
+    bounds = {"kernels": OVER_KERNELS, "cholesky": OVER_CHOLESKY} if threads == 1 else {}
     return [
-        Case(f"{shape} / {other}", common.ratios(seconds, "ours", [other]), threads, "ratio", bounds[other], details)
+        Case(
+            f"{out_features} × {in_features} / {other}",
+            common.ratios(seconds, "ours", [other]),
+            threads,
+            bound=bounds.get(other),
+            details=details,
+        )
         for other in list(runs)[1:]
     ]
 
 
 def measure() -> dict[str, object]:
     """All shapes on one thread; the square one on two as well."""
-    cases(256, 256, 1, 1, against_cholesky=True)  # not counted: loads the libraries
-    made = [case for m, n in SHAPES for case in cases(m, n, 7 if m == n else 5, 1, against_cholesky=m <= n)]
-    made += cases(*SHAPES[0], 7, 2, against_cholesky=True)
+    cases(256, 256, 1, 1)  # not counted: loads the libraries
+    made = [case for (m, n), repeats in zip(SHAPES, REPEATS, strict=True) for case in cases(m, n, repeats, 1)]
+    made += cases(*SHAPES[0], 7, 2)
     return common.result("decompose", made, {"gram": "full, float64", "weight": "float32", "rank": "break-even"})
 
 

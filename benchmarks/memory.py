@@ -1,7 +1,7 @@
 """Peak memory of a streamed run on a checkpoint of about a billion parameters, and on one of twice the blocks.
 
-The checkpoint is written block by block, and never held whole here either. The run happens in a fresh process; what that
-process holds once everything is imported is taken off its peak. The bound is the sum of what a streamed run has to hold:
+The checkpoint is written block by block, and never held whole here either. The run happens in a fresh process; what
+that process holds once everything is imported is taken off its peak. The bound is the sum of what a run has to hold:
 
 | term | bytes |
 | --- | --- |
@@ -45,7 +45,12 @@ def matrices(shape: dict[str, Any]) -> dict[str, tuple[int, int]]:
     """Name → (out, in) of every matrix in a block."""
     hidden, ffn = shape["hidden_size"], shape["intermediate_size"]
     small = hidden * shape["num_key_value_heads"] // shape["num_attention_heads"]
-    attention = {"q_proj": (hidden, hidden), "k_proj": (small, hidden), "v_proj": (small, hidden), "o_proj": (hidden, hidden)}
+    attention = {
+        "q_proj": (hidden, hidden),
+        "k_proj": (small, hidden),
+        "v_proj": (small, hidden),
+        "o_proj": (hidden, hidden),
+    }
     ffns = {"gate_proj": (ffn, hidden), "up_proj": (ffn, hidden), "down_proj": (hidden, ffn)}
     return {f"self_attn.{k}": v for k, v in attention.items()} | {f"mlp.{k}": v for k, v in ffns.items()}
 
@@ -102,7 +107,7 @@ def child(model: Path, windows: tuple[int, int], match: list[str], threads: int,
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401  would else be imported by the run
 
-    import spectrim.methods
+    import spectrim.methods  # noqa: F401
     from spectrim import pipeline
 
     torch.set_num_threads(threads)
@@ -131,30 +136,36 @@ def case(shape: dict[str, Any], windows: tuple[int, int], every: bool, threads: 
         arguments = ["--model", str(model), "--windows", *sizes, "--match", *match, "--threads", str(threads)]
         common.run_module("memory", str(report), *arguments, threads=threads)
         measured = json.loads(report.read_text(encoding="utf-8"))
-    allowed = {dtype: terms(shape, windows, size) for dtype, size in (("float32", 4), ("bfloat16", 2))}
     used = measured["peak"] - measured["imports"]
-    sums = {dtype: sum(of.values()) for dtype, of in allowed.items()}
+    stored, allowed = terms(shape, windows, 2), terms(shape, windows, 4)
+    bound, decomposed = sum(allowed.values()), count if every else len(match)
     details = {
         "parameters": parameters,
         "peak_over_imports": used,
-        "bound": sums["float32"],
-        "bound_terms": allowed["float32"],
-        "with_weights_as_stored": {"bound": sums["bfloat16"], "terms": allowed["bfloat16"], "ratio": used / sums["bfloat16"]},
-        "decomposed_blocks": count if every else len(match),
+        "bound": bound,
+        "bound_terms": allowed,
+        "as_stored": {"terms": stored, "bound": sum(stored.values()), "ratio": used / sum(stored.values())},
+        "decomposed_blocks": decomposed,
         **measured,
     }
-    name = f"{parameters / 1e9:.2f} B, hidden {shape['hidden_size']}, {count} blocks, {details['decomposed_blocks']} decomposed"
-    return Case(name, (used / sums["float32"],), threads, "peak / bound", WITHIN, details)
+    name = f"{parameters / 1e9:.2f} B, hidden {shape['hidden_size']}, {count} blocks, {decomposed} decomposed"
+    return Case(name, (used / bound,), threads, "peak / bound", WITHIN, details)
 
 
 def measure() -> dict[str, object]:
     """A billion parameters, then twice the blocks, two of them decomposed; narrow blocks n and 2n, all decomposed."""
-    made = []
+    made: list[Case] = []
     for shape, every in ((LARGE, False), (SMALL, True)):
         for times in (1, 2):
             longer = {**shape, "num_hidden_layers": times * shape["num_hidden_layers"]}
             made.append(case(longer, WINDOWS, every, THREADS))
-    settings = {"recipe": "whitened", "ratio": RATIO, "windows": list(WINDOWS), "stored": "bfloat16", "computed": "float32"}
+    settings = {
+        "recipe": "whitened",
+        "ratio": RATIO,
+        "windows": list(WINDOWS),
+        "stored": "bfloat16",
+        "computed": "float32",
+    }
     return common.result("memory", made, settings)
 
 

@@ -1,13 +1,12 @@
 """Run benchmarks, each in a process of its own, keep their results, and write the tables made of them.
 
-    python -m benchmarks.run [NAME ...] [--results DIR] [--tables-only]
+python -m benchmarks.run [NAME ...] [--results DIR] [--tables-only]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import subprocess
 import sys
 import time
@@ -62,9 +61,8 @@ def write_tables(results: Path, pages: Sequence[Path]) -> None:
         text = page.read_text(encoding="utf-8")
         if START not in text or END not in text:
             raise ValueError(f"{page} lacks the lines {START!r} and {END!r}, between which the table belongs")
-        inside = f"{START}\n\n{table(found)}\n\n{END}"
-        text = re.sub(f"{re.escape(START)}.*{re.escape(END)}", lambda _: inside, text, flags=re.DOTALL)
-        page.write_text(text, encoding="utf-8")
+        before, after = text.split(START)[0], text.split(END)[1]
+        page.write_text(f"{before}{START}\n\n{table(found)}\n\n{END}{after}", encoding="utf-8")
 
 
 def main() -> int:
@@ -78,10 +76,10 @@ def main() -> int:
     if unknown:
         parser.error(f"unknown benchmark {', '.join(unknown)}; known: {', '.join(NAMES)}")
     names = [] if asked.tables_only else asked.names or list(NAMES)
-    good = all([_run(name, asked.results.resolve()) for name in names])
+    failed = [name for name in names if not _run(name, asked.results.resolve())]
     if asked.results.resolve() == RESULTS:
         write_tables(RESULTS, PAGES)
-    return 0 if good else 1
+    return 1 if failed else 0
 
 
 def _run(name: str, results: Path) -> bool:

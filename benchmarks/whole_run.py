@@ -2,7 +2,7 @@
 
 The parts: the forward pass of the plain model over the calibration windows (its blocks; logits are not needed), the
 Gram products in float64, the bare kernels of every matrix (as in `decompose`), and reading and writing the bytes of
-the weights. Blocks are alike, so Grams and kernels are timed in some of them and scaled to all. Imports are done before.
+the weights. Blocks are alike, so Grams and kernels are timed in some of them and scaled to all. Imports come before.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Setting:
 def prepare(folder: Path, shape: dict[str, Any], sequences: int, length: int, batch: int, timed_blocks: int) -> Setting:
     """Save a Llama of random weights in bfloat16, and draw random windows."""
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**shape)).to(torch.bfloat16).save_pretrained(folder / "dense")
+    LlamaForCausalLM(LlamaConfig(**shape)).bfloat16().save_pretrained(folder / "dense")
     windows = torch.randint(shape["vocab_size"], (sequences, length))
     return Setting(folder, shape["num_hidden_layers"], windows, batch, timed_blocks)
 

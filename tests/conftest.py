@@ -13,9 +13,10 @@ os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
 
 import hashlib
 import random
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def tree_hash(directory: Path, *left_out: str) -> dict[str, str]:
     }
 
 
-def save_model(model: PreTrainedModel, directory: Path, **options: object) -> Path:
+def save_model(model: PreTrainedModel, directory: Path, **options: Any) -> Path:
     """A model directory with weights, configuration and tokenizer."""
     model.save_pretrained(directory, **options)
     make_tokenizer().save_pretrained(directory)
@@ -90,3 +91,26 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny llama with biases and a tokenizer on disk; tests read it, none writes into it."""
     return save_model(FAMILIES["llama"].make(), tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each driver was started and how many matrices were factorised."""
+    from spectrim import pipeline
+    from spectrim.methods import svd
+
+    counted: Counter[str] = Counter()
+
+    def counting(module: Any, name: str) -> None:
+        original = getattr(module, name)
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            counted[name] += 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, wrapped)
+
+    counting(pipeline, "streamed")
+    counting(pipeline, "resident")
+    counting(svd, "directions")
+    return counted

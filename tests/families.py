@@ -7,7 +7,7 @@ stored transposed, parallel attention and FFN, norms behind the sub-layers, expe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -158,7 +158,7 @@ def linears(model: nn.Module, blocks: str) -> dict[str, nn.Module]:
     """The linear layers inside the list of blocks, by name: found with no help of the package."""
     from transformers.pytorch_utils import Conv1D
 
-    found = {}
+    found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         if name.startswith(f"{blocks}.") and isinstance(module, (nn.Linear, Conv1D)):
             found[name] = module
@@ -169,6 +169,7 @@ def lower_rank(model: PreTrainedModel, blocks: str, rank: int) -> PreTrainedMode
     """Every linear of the blocks replaced by its best approximation of `rank`, in place."""
     with torch.no_grad():
         for module in linears(model, blocks).values():
-            u, s, vh = torch.linalg.svd(module.weight.double(), full_matrices=False)
-            module.weight.copy_((u[:, :rank] * s[:rank]) @ vh[:rank])
+            weight = module.get_parameter("weight")
+            u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
+            weight.copy_((u[:, :rank] * s[:rank]) @ vh[:rank])
     return model

@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import Result
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 import spectrim
 from spectrim.cli import app
@@ -89,7 +88,7 @@ def test_compress_evaluate_export(llama_dir: Path, text_file: Path, tmp_path: Pa
     on_disk = json.loads((out / "spectrim.json").read_text())
     assert {key: made[key] for key in on_disk} == on_disk
 
-    options = ["--text", text_file, "--window", "24", "--prompt", "abc", "--json"]
+    options: list[str | Path] = ["--text", text_file, "--window", "24", "--prompt", "abc", "--json"]
     measured = from_json(call("evaluate", out, "--reference", llama_dir, *options))
     assert measured["stored"]["total"] == made["parameters"]["total_after"]
     assert measured["ratio_actual"] == made["ratio_actual"]
@@ -121,7 +120,7 @@ def test_evaluate_measures_speed_against_the_model_folded_back(
 
     monkeypatch.setattr(commands, "measure_speed", fake)
     assert call("compress", llama_dir, "--out", tmp_path / "out", "--recipe", "svd", "--ratio", "0.3").exit_code == 0
-    options = ["--text", text_file, "--window", "24", "--prompt", "abc", "--speed", "--json"]
+    options: list[str | Path] = ["--text", text_file, "--window", "24", "--prompt", "abc", "--speed", "--json"]
     assert from_json(call("evaluate", tmp_path / "out", *options))["speed"] == {"decode": {"ratio": 1.5}}
     model, dense = seen
     name = "model.layers.0.mlp.up_proj"
@@ -154,7 +153,9 @@ def test_plan_says_what_a_run_would_do(llama_dir: Path, tmp_path: Path) -> None:
     assert all(size > 0 for size in [*data["peak_memory_bytes"].values(), *data["disk_bytes"].values()])
     shown = call("plan", llama_dir, "--ratio", "0.3", *SMALL, "--format", "plain")
     assert shown.exit_code == 0 and "low_rank, rank" in shown.stdout and "peak memory" in shown.stdout
-    made = from_json(call("compress", llama_dir, "--recipe", "svd", "--out", tmp_path / "o", "--ratio", "0.3", "--json"))
+    made = from_json(
+        call("compress", llama_dir, "--recipe", "svd", "--out", tmp_path / "o", "--ratio", "0.3", "--json")
+    )
     planned = from_json(call("plan", llama_dir, "--recipe", "svd", "--ratio", "0.3", "--json"))
     assert planned["parameters"] == made["parameters"]
     assert "hidden_states" not in planned["peak_memory_bytes"]
@@ -181,7 +182,7 @@ def test_methods_lists_what_there_is() -> None:
         (["compress", "MODEL", "--out", "OUT", "--recipe", "svd", "--ratio", "0.99"], 2, "largest possible ratio"),
         (["compress", "MODEL", "--out", "OUT", "--set", "calibrate.sequence=3"], 2, "did you mean 'sequences'?"),
         (["compress", "MODEL", "--out", "OUT", "--set", "sequences"], 2, "write it as key.key=value"),
-        (["compress", "MODEL", "--out", "OUT", "--recipe", "svd", "--dtype", "int8"], 2, "not a floating-point dtype"),
+        (["compress", "MODEL", "--out", "OUT", "--recipe", "svd", "--dtype", "int8"], 2, "no floating-point dtype"),
         (["compress", "./nowhere", "--out", "OUT"], 1, "no such model directory: ./nowhere"),
         (["compress", "MODEL", "--out", "OUT"], 1, "give --text FILE"),
         (["compress", "MODEL", "--out", "OUT", "--recipe", "svd", "--work", "FILE"], 1, "give another with --work"),
@@ -218,8 +219,10 @@ def test_an_interruption_ends_with_130_and_one_line(
     assert result.stderr.count("\n") == 1 and "no output was written" in result.stderr
 
 
-def test_a_process_of_its_own_prints_one_object_and_nothing_else(llama_dir: Path, tmp_path: Path) -> None:
-    done = run("compress", str(llama_dir), "--out", str(tmp_path / "out"), "--recipe", "svd", "--ratio", "0.3", "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["ratio_requested"] == 0.3
-    assert done.stderr == ""
+def test_a_process_of_its_own_prints_one_object_and_nothing_else() -> None:
+    done = run("methods", "--json")
+    assert done.returncode == 0 and done.stderr == ""
+    assert json.loads(done.stdout).keys() == {"recipe", "decomposer", "allocator"}
+    wrong = run("plan", "somewhere", "--recipe", "defualt", "--json")
+    assert wrong.returncode == 2 and wrong.stdout == ""
+    assert wrong.stderr.startswith("error: unknown recipe 'defualt': did you mean 'default'?")

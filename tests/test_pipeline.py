@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,7 +22,6 @@ from spectrim.calibrate.statistics import Cosine
 from spectrim.core import budget, registry
 from spectrim.core.plan import Plan
 from spectrim.core.registry import Problem, allocator
-from spectrim.methods import svd
 from spectrim.recipe import RecipeError
 from tests.conftest import letters, save_model, tree_hash
 from tests.families import FAMILIES, LAYERS, VOCABULARY
@@ -38,26 +38,6 @@ def logits(model: PreTrainedModel) -> Tensor:
 
 def stored(directory: Path) -> dict[str, Tensor]:
     return {k: t for file in sorted(directory.glob("*.safetensors")) for k, t in load_file(file).items()}
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often each driver was started and how many matrices were factorised."""
-    counted: Counter[str] = Counter()
-
-    def counting(module: Any, name: str) -> None:
-        original = getattr(module, name)
-
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            counted[name] += 1
-            return original(*args, **kwargs)
-
-        monkeypatch.setattr(module, name, wrapped)
-
-    counting(pipeline, "streamed")
-    counting(pipeline, "resident")
-    counting(svd, "directions")
-    return counted
 
 
 @pytest.mark.parametrize("name", ["default", "asvd", "fwsvd", "svd"])
@@ -91,62 +71,9 @@ def test_neither_out_for_a_live_model_nor_none_for_a_directory(llama_dir: Path, 
         spectrim.compress(llama_dir, "svd")
 
 
-def test_another_ratio_reuses_statistics_and_decompositions(
-    llama_dir: Path, tmp_path: Path, calls: Counter[str]
-) -> None:
-    def run(ratio: float, **changes: Any) -> Path:
-        out = tmp_path / f"{ratio}-{len(list(tmp_path.iterdir()))}"
-        options: dict[str, Any] = {"text": CALIBRATION, "work": tmp_path / "work", "recipe": "whitened", **changes}
-        spectrim.compress(llama_dir, ratio=ratio, out=out, **options)
-        return out
-
-    run(0.2)
-    assert calls == {"streamed": 1, "directions": TARGETS}
-    reused = run(0.5)
-    assert calls == {"streamed": 1, "directions": TARGETS}
-    fresh = tmp_path / "fresh"
-    spectrim.compress(llama_dir, "whitened", ratio=0.5, text=CALIBRATION, out=fresh)
-    assert tree_hash(reused, "run.json") == tree_hash(fresh, "run.json")
-    calls.clear()
-    # everything else that decides a decomposition makes it anew
-    run(0.5, text=CALIBRATION.flip(0))
-    assert calls == {"streamed": 1, "directions": TARGETS}
-    run(0.5, recipe="asvd")
-    run(0.5, recipe="asvd", settings=["groups.0.decompose.alpha=0.7"])
-    assert calls == {"streamed": 3, "directions": 3 * TARGETS}
-
-
-def test_another_model_on_the_same_work_directory_is_another_run(tmp_path: Path, calls: Counter[str]) -> None:
-    for seed in (0, 1):
-        directory = save_model(FAMILIES["llama"].make(seed), tmp_path / f"model{seed}")
-        spectrim.compress(directory, "svd", out=tmp_path / f"out{seed}", work=tmp_path / "work")
-    assert calls == {"directions": 2 * TARGETS}
-
-
-def test_an_interrupted_run_goes_on_where_it_was(
-    llama_dir: Path, tmp_path: Path, calls: Counter[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options: dict[str, Any] = {"recipe": "whitened", "ratio": 0.3, "text": CALIBRATION}
-    counted = svd.directions
-
-    def interrupted(*args: Any) -> Any:
-        if calls["directions"] == 10:
-            raise KeyboardInterrupt
-        return counted(*args)
-
-    monkeypatch.setattr(svd, "directions", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        spectrim.compress(llama_dir, out=tmp_path / "out", **options)
-    assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(svd, "directions", counted)
-    spectrim.compress(llama_dir, out=tmp_path / "out", **options)
-    assert calls["directions"] == TARGETS
-    spectrim.compress(llama_dir, out=tmp_path / "whole", **options)
-    assert tree_hash(tmp_path / "out", "run.json") == tree_hash(tmp_path / "whole", "run.json")
-
-
-@pytest.mark.parametrize("format", ["plain", "pivot"])
-@pytest.mark.parametrize("name", ["llama", "llama_tied", "mixtral"])
+@pytest.mark.parametrize(
+    ("name", "format"), [("llama", "plain"), ("llama_tied", "pivot"), ("gpt2", "pivot"), ("mixtral", "plain")]
+)
 def test_counts_are_those_of_the_saved_tensors(name: str, format: str, tmp_path: Path) -> None:
     directory = save_model(FAMILIES[name].make(), tmp_path / "dense")
     result = spectrim.compress(directory, "svd", ratio=0.35, format=format, out=tmp_path / "out")
@@ -311,6 +238,17 @@ def test_a_gradient_anywhere_runs_everything_in_the_resident_driver(
     torch.testing.assert_close(both[name], whitened[name], rtol=1e-5, atol=1e-6)
 
 
+def cosines(model: PreTrainedModel) -> list[float]:
+    """Mean cosine between the states before and after each block; what transformers returns, but for the last one."""
+    ends: list[Tensor] = []
+    handle = model.model.norm.register_forward_pre_hook(lambda _, args: ends.append(args[0]))
+    with torch.no_grad():
+        states = model(CALIBRATION, output_hidden_states=True).hidden_states
+    handle.remove()
+    states = (*states[:-1], ends[0])
+    return [float(torch.cosine_similarity(a, b, dim=-1).mean()) for a, b in itertools.pairwise(states)]
+
+
 @dataclass
 class _Seen:
     problems: list[Problem]
@@ -369,25 +307,15 @@ def test_an_allocator_of_units_gets_candidates_and_statistics(
         else:
             assert units.errors is not None
             torch.testing.assert_close(units.errors, units.scores**2)
-    for target in problem.targets:
-        (value,) = problem.statistics[target.name][Cosine()].tolist()
-        assert -1 < value < 1
-    by_block = {problem.statistics[t.name][Cosine()].item() for t in problem.targets}
-    assert len(by_block) == LAYERS
+    measured = [problem.statistics[index][Cosine()].item() for index in range(LAYERS)]
+    assert measured == pytest.approx(cosines(FAMILIES["llama"].make()), rel=1e-5)
     calls.clear()
     run(0.5)
     assert calls == {}
     again = by_cosine.problems[1]
     assert again.budget < problem.budget
     assert again.statistics is not None
-    for target in problem.targets:
-        assert torch.equal(again.statistics[target.name][Cosine()], problem.statistics[target.name][Cosine()])
-
-
-def test_a_live_model_with_a_work_directory_uses_it(tmp_path: Path, calls: Counter[str]) -> None:
-    for ratio in (0.2, 0.4):
-        spectrim.compress(FAMILIES["llama"].make(), "svd", ratio=ratio, work=tmp_path / "work")
-    assert calls == {"directions": TARGETS}
+    assert [again.statistics[index][Cosine()].item() for index in range(LAYERS)] == measured
 
 
 def test_the_dtype_of_the_output_can_be_chosen(llama_dir: Path, tmp_path: Path) -> None:
@@ -423,9 +351,7 @@ def test_the_record_of_a_run(llama_dir: Path, tmp_path: Path) -> None:
     assert Plan.from_json(summary["plan"]) == result.plan
 
 
-def test_too_few_tokens_are_warned_of(
-    llama_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_too_few_tokens_are_warned_of(llama_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     spectrim.compress(llama_dir, text=CALIBRATION[:1], out=tmp_path / "out")
     assert "24 calibration tokens for inputs of width 48" in caplog.text
 

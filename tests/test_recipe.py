@@ -68,7 +68,7 @@ def test_a_recipe_is_read_from_a_file_or_by_name(tmp_path: Path, monkeypatch: py
 def test_an_unknown_recipe_names_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="unknown recipe 'whitend': did you mean 'whitened'"):
         build("whitend")
-    with pytest.raises(RecipeError, match="no such recipe file: .*missing.yaml"):
+    with pytest.raises(RecipeError, match=r"no such recipe file: .*missing\.yaml"):
         build(str(tmp_path / "missing.yaml"))
 
 
@@ -180,7 +180,12 @@ def test_an_error_in_a_recipe_is_a_value_error_that_names_the_recipe(tmp_path: P
 
 
 def test_settings_are_assigned_by_path(tmp_path: Path) -> None:
-    settings = ["calibrate.sequences=4", "groups.0.ratio=0.5", "groups.0.match=[up, down]", "groups.0.decompose.alpha=1"]
+    settings = [
+        "calibrate.sequences=4",
+        "groups.0.ratio=0.5",
+        "groups.0.match=[up, down]",
+        "groups.0.decompose.alpha=1",
+    ]
     recipe = build(written(tmp_path, SIMPLE), settings=[*settings, "groups.0.allocate.method=uniform", "about=a=b"])
     (group,) = recipe.groups
     assert recipe.calibrate == Calibrate(sequences=4, length=64, seed=3)

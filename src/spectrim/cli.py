@@ -101,7 +101,7 @@ def _dtype(name: str | None) -> Any:
         return None
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise typer.BadParameter(f"--dtype {name}: not a floating-point dtype of torch; try float32, bfloat16 or float16")
+        raise typer.BadParameter(f"--dtype {name}: no floating-point dtype of torch; try float32, bfloat16 or float16")
     return dtype
 
 

@@ -372,8 +372,7 @@ class _Run:
             for index in range(self.structure.count)
         }
         own = {target.name: candidates[target.name] for target in job.targets}
-        around = {target.name: measured[target.blocks[-1]] for target in job.targets}
-        return _allocate(job, self.asked, candidates=own, statistics=around)
+        return _allocate(job, self.asked, candidates=own, statistics=measured)
 
     def finish(
         self,

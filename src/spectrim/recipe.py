@@ -51,13 +51,20 @@ class Group(_Strict):
     match: str | list[str] = "*"
     ratio: float = Field(0.2, ge=0, lt=1, description="fraction of the group's parameters to remove")
     format: Literal["plain", "pivot"] = "plain"
-    decompose: list[Method]
+    decompose: list[Method] = Field(min_length=1)
     allocate: Method = Method(method="uniform")
 
     @field_validator("decompose", mode="before")
     @classmethod
     def _as_list(cls, value: Any) -> Any:
         return value if isinstance(value, list) else [value]
+
+    @field_validator("allocate")
+    @classmethod
+    def _of_whole_group(cls, value: Method) -> Method:
+        if value.match != "*":
+            raise ValueError("an allocator serves its whole group: match is a key of the group, or of a decomposer")
+        return value
 
 
 class Recipe(_Strict):
@@ -176,13 +183,17 @@ def build(name: str, shortcuts: Mapping[str, Any] | None = None, settings: Seque
         if key in Calibrate.model_fields:
             assign(data, f"calibrate.{key}", value)
         else:
-            for i in range(len(data.get("groups", []))):
+            groups = data.get("groups")
+            for i in range(len(groups) if isinstance(groups, list) else 0):
                 assign(data, f"groups.{i}.{key}", value)
     for setting in settings:
         path, equals, value = setting.partition("=")
         if not equals:
             raise RecipeError(f"--set {setting!r}: write it as key.key=value")
-        assign(data, path, yaml.safe_load(value))
+        try:
+            assign(data, path, yaml.safe_load(value))
+        except yaml.YAMLError as error:
+            raise RecipeError(f"--set {setting!r}: the value is no YAML: {error}") from error
     return validated(data, name)
 
 
@@ -212,4 +223,4 @@ def _explain(error: ValidationError) -> str:
     if problem["type"] == "extra_forbidden":
         known = _KEYS[str(problem["loc"][0]) if len(problem["loc"]) > 1 else ""]
         return f"unknown key {where}: {registry.nearest(str(problem['loc'][-1]), known)}"
-    return f"{where}: {problem['msg']}, given {problem['input']!r}"
+    return f"{where}: {problem['msg'].removeprefix('Value error, ')}, given {problem['input']!r}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import scipy.linalg
@@ -13,6 +14,7 @@ from spectrim.core.linalg import directions, pivot_columns, pivot_rows
 from spectrim.core.plan import balance
 
 SHAPES = {"wide": (12, 20), "square": (16, 16), "tall": (24, 10), "one row": (1, 9), "one column": (9, 1)}
+Form = Callable[[Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor, Tensor]]
 INPUTS = ("plenty", "few tokens", "outlier channel", "condition 1e9")
 
 
@@ -58,6 +60,20 @@ def test_every_rank_is_the_optimum_and_its_error_is_predicted(shape: tuple[int, 
         # beside 1e-9 of the error itself, float64 leaves 1e-14 of the whole energy
         assert measured == pytest.approx(float(best[rank]), rel=1e-9, abs=1e-14 * total)
         assert float(energies[rank:].sum()) == pytest.approx(measured, rel=1e-9, abs=1e-14 * total)
+
+
+@pytest.mark.parametrize("metric", ["none", "diagonal", "gram"])
+@pytest.mark.parametrize("shape", [(300, 310), (600, 270)], ids=["wide", "tall"])
+def test_matrices_larger_than_a_block_of_the_computation(shape: tuple[int, int], metric: str) -> None:
+    weight, x = random(*shape), inputs("plenty", shape[1])
+    given = {"none": None, "diagonal": x.square().sum(1), "gram": x @ x.T}[metric]
+    root = {"none": torch.ones(shape[1]).double(), "diagonal": x.norm(dim=1), "gram": x}[metric]
+    left, energies = directions(weight, given)
+    scaled = weight @ root if metric == "gram" else weight * root
+    assert torch.allclose(energies, torch.linalg.svdvals(scaled) ** 2, rtol=1e-9, atol=1e-12 * float(energies[0]))
+    kept = left[:, :100]
+    measured = float((scaled - kept @ (kept.T @ scaled)).square().sum())
+    assert measured == pytest.approx(float(energies[100:].sum()), rel=1e-9)
 
 
 @pytest.mark.parametrize("shape", [(12, 20), (16, 16), (24, 10)])
@@ -205,7 +221,7 @@ def products() -> dict[str, tuple[Tensor, Tensor]]:
 
 @FORMS
 @pytest.mark.parametrize("name", products().keys())
-def test_pivot_form_loses_nothing_and_saves_r_squared(form, name: str) -> None:  # type: ignore[no-untyped-def]
+def test_pivot_form_loses_nothing_and_saves_r_squared(form: Form, name: str) -> None:
     left, right = products()[name]
     base, mix, product = form(left, right, torch.float64)
     exact, rank = left @ right, left.shape[1]
@@ -240,8 +256,8 @@ def test_pivots_do_not_depend_on_how_a_direction_is_split() -> None:
     assert torch.allclose(one[1], other[1], atol=1e-9)
 
 
-def rounding_errors(form, left: Tensor, right: Tensor) -> tuple[float, float]:  # type: ignore[no-untyped-def]
-    """‖·‖ between the exact product and its pivot form in bfloat16; and between it and its plain factors in bfloat16."""
+def rounding_errors(form: Form, left: Tensor, right: Tensor) -> tuple[float, float]:
+    """‖·‖ between the exact product and its pivot form in bfloat16, and its plain factors in bfloat16."""
     exact = left @ right
     base, mix, product = form(left, right, torch.bfloat16)
     assert torch.equal(base, base.bfloat16().double())
@@ -252,9 +268,7 @@ def rounding_errors(form, left: Tensor, right: Tensor) -> tuple[float, float]:  
 
 @FORMS
 @pytest.mark.parametrize("size", [(64, 64, 40), (96, 48, 30), (48, 96, 47), (64, 64, 63), (128, 128, 80), (40, 20, 4)])
-def test_in_bfloat16_it_is_at_most_twice_as_rough_as_plain_factors(  # type: ignore[no-untyped-def]
-    form, size: tuple[int, int, int]
-) -> None:
+def test_in_bfloat16_it_is_at_most_twice_as_rough_as_plain_factors(form: Form, size: tuple[int, int, int]) -> None:
     m, n, rank = size
     left, _ = directions(random(m, n), None)
     factors = balance(left[:, :rank], left[:, :rank].T @ random(m, n))
@@ -264,7 +278,7 @@ def test_in_bfloat16_it_is_at_most_twice_as_rough_as_plain_factors(  # type: ign
 
 
 @FORMS
-def test_mixing_numbers_stay_small_where_the_base_is_dependent_after_rounding(form) -> None:  # type: ignore[no-untyped-def]
+def test_mixing_numbers_stay_small_where_the_base_is_dependent_after_rounding(form: Form) -> None:
     rng = torch.Generator().manual_seed(0)
     for seed in range(60):
         m, n = (int(torch.randint(3, 40, (1,), generator=rng)) for _ in range(2))
@@ -287,7 +301,7 @@ def test_the_mix_is_the_least_squares_fit_to_the_rounded_base(dtype: torch.dtype
 
 
 @FORMS
-def test_rank_0_is_legal(form) -> None:  # type: ignore[no-untyped-def]
+def test_rank_0_is_legal(form: Form) -> None:
     for dtype in (torch.float64, torch.bfloat16):
         base, mix, product = form(random(6, 0), random(0, 4), dtype)
         assert base.numel() == mix.numel() == 0

@@ -24,7 +24,7 @@ def test_the_tables_are_copies() -> None:
 
 
 def test_a_name_is_registered_once() -> None:
-    with pytest.raises(ValueError, match="'svd' is registered twice.*PlainSVD"):
+    with pytest.raises(ValueError, match=r"'svd' is registered twice.*PlainSVD"):
         registry.decomposer("svd")(registry.decomposers()["asvd"])
     with pytest.raises(ValueError, match="'uniform' is registered twice"):
         registry.allocator("uniform")(registry.allocators()["uniform"])
@@ -63,7 +63,7 @@ def test_settings_are_the_fields() -> None:
 
 
 def test_an_unknown_method_names_the_nearest() -> None:
-    with pytest.raises(ValueError, match="unknown decomposer 'whitend_svd': did you mean 'whitened_svd'.*asvd") as error:
+    with pytest.raises(ValueError, match="unknown decomposer 'whitend_svd': did you mean 'whitened_svd'") as error:
         registry.build("decomposer", registry.decomposers(), "whitend_svd", {})
     assert all(name in str(error.value) for name in NAMES)
     with pytest.raises(ValueError, match="unknown allocator 'unifrom': did you mean 'uniform'"):
@@ -98,7 +98,7 @@ def test_a_setting_of_a_wrong_type(value: object, reason: str) -> None:
 
 
 def test_a_setting_out_of_range() -> None:
-    with pytest.raises(ValueError, match="^allocator 'uniform': multiple is 0: .*given {'multiple': 0}$"):
+    with pytest.raises(ValueError, match=r"^allocator 'uniform': multiple is 0: .*given {'multiple': 0}$"):
         registry.build("allocator", registry.allocators(), "uniform", {"multiple": 0})
-    with pytest.raises(ValueError, match="setting multiple: .*integer.*given 1.5"):
+    with pytest.raises(ValueError, match=r"setting multiple: .*integer.*given 1\.5"):
         registry.build("allocator", registry.allocators(), "uniform", {"multiple": 1.5})

@@ -102,7 +102,9 @@ def test_modules_are_what_the_plan_says() -> None:
         else:
             assert module.weight is dense[target.name]
         assert torch.equal(module.bias, biases[target.name])
-    assert model.config.quantization_config.layout.keys() == {t.name for t in structure.targets if t.role in ("up", "o")}
+    assert model.config.quantization_config.layout.keys() == {
+        t.name for t in structure.targets if t.role in ("up", "o")
+    }
 
 
 def test_replaced_modules_keep_mode_and_dtype() -> None:
@@ -160,7 +162,13 @@ def test_files_beside_the_weights_come_along(tmp_path: Path) -> None:
     plan = plan_of(targets.find(FAMILIES["llama"].make()), "low_rank", {"up": 5})
     out = write(dense, tmp_path / "out", plan)
     names = {path.name for path in out.iterdir()}
-    assert {"LICENSE", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= names
+    assert {
+        "LICENSE",
+        "chat_template.jinja",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+    } <= names
     assert not {"pytorch_model.bin", "model.safetensors.index.json"} & names
     assert (out / "tokenizer.json").read_bytes() == (dense / "tokenizer.json").read_bytes()
 

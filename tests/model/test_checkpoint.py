@@ -59,7 +59,9 @@ def test_each_part_is_loaded_as_transformers_loads_it_and_freed_again(name: str,
     names = source.load_outside(structure.blocks, CPU)
     outside = {key for key in expected if not key.startswith(f"{structure.blocks}.")}
     # an output head of its own is not needed: what follows the blocks is never run
-    wanted = outside if FAMILIES[name].tied else {key for key in outside if "lm_head" not in key and "embed_out" not in key}
+    wanted = (
+        outside if FAMILIES[name].tied else {key for key in outside if "lm_head" not in key and "embed_out" not in key}
+    )
     assert real(source.model) == wanted
     assert FAMILIES[name].tied or wanted < outside
     assert_equal(source.model, expected, wanted)
@@ -98,7 +100,9 @@ def test_names_without_the_base_models_prefix(tmp_path: Path) -> None:
     """As the first checkpoints of GPT-2 have them, buffers of old code among them."""
     model = FAMILIES["gpt2"].make()
     model.save_pretrained(tmp_path)
-    tensors = {key.removeprefix("transformer."): tensor for key, tensor in load_file(tmp_path / "model.safetensors").items()}
+    tensors = {
+        key.removeprefix("transformer."): tensor for key, tensor in load_file(tmp_path / "model.safetensors").items()
+    }
     tensors["h.0.attn.bias"] = torch.ones(1, 1, 8, 8).tril()
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     source = Checkpoint(tmp_path)
@@ -114,7 +118,7 @@ def test_tensors_that_go_together_into_one_parameter_have_no_key_of_their_own(tm
     source = Checkpoint(tmp_path)
     experts = [key for key in source.where if ".experts." in key]
     assert len(experts) > 4 and set(experts) <= source.converted
-    with pytest.raises(ValueError, match="no tensor for .*experts"):
+    with pytest.raises(ValueError, match=r"no tensor for .*experts"):
         source.stored_key(source.names[experts[0]])
 
 
@@ -163,7 +167,9 @@ def test_experts_of_another_shape_are_named(tmp_path: Path) -> None:
     keys = [key for key in load_file(tmp_path / "model.safetensors") if ".0." in key and key.endswith("w2.weight")]
     edit(tmp_path, {key: torch.zeros(32, 40) for key in keys})
     source = Checkpoint(tmp_path)
-    with pytest.raises(ValueError, match=r"weight model\.layers\.0\.mlp\.experts\.down_proj is .*40\) in the checkpoint"):
+    with pytest.raises(
+        ValueError, match=r"weight model\.layers\.0\.mlp\.experts\.down_proj is .*40\) in the checkpoint"
+    ):
         source.load("model.layers.0", CPU)
 
 
@@ -175,7 +181,9 @@ def test_the_fingerprint_follows_weights_and_configuration(tmp_path: Path) -> No
 
     first = Checkpoint(written(0)).fingerprint()
     assert first == Checkpoint(tmp_path / "0{}").fingerprint()
-    assert len({first, Checkpoint(written(1)).fingerprint(), Checkpoint(written(0, rms_norm_eps=0.1)).fingerprint()}) == 3
+    assert (
+        len({first, Checkpoint(written(1)).fingerprint(), Checkpoint(written(0, rms_norm_eps=0.1)).fingerprint()}) == 3
+    )
     live, other = FAMILIES["llama"].make(0), FAMILIES["llama"].make(0)
     assert LiveModel(live).fingerprint() == LiveModel(other).fingerprint()
     with torch.no_grad():

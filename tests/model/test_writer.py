@@ -123,7 +123,10 @@ def test_a_filled_directory_is_replaced_whole_or_refused(tmp_path: Path) -> None
     out.mkdir()
     with writer.new_directory(out, overwrite=False) as directory:
         (directory / "a").write_text("first")
-    with pytest.raises(ValueError, match="is not empty; nothing was changed"), writer.new_directory(out, overwrite=False):
+    with (
+        pytest.raises(ValueError, match="is not empty; nothing was changed"),
+        writer.new_directory(out, overwrite=False),
+    ):
         raise AssertionError("entered")
     assert (out / "a").read_text() == "first"
     with writer.new_directory(out, overwrite=True) as directory:

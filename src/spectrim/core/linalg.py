@@ -22,13 +22,13 @@ def directions(weight: Float[Tensor, "out in"], metric: Metric) -> tuple[Float[T
     weight = weight.double()
     out_features, in_features = weight.shape
     if out_features <= in_features:
-        energies, vectors = torch.linalg.eigh(_sandwich(weight, metric), UPLO="U")
+        energies, vectors = torch.linalg.eigh(_sandwich(weight, metric))
         left = vectors.flip(1)
     else:
         # stored by columns, as LAPACK works: a row-major matrix would be turned around at each call
         reflectors, scales = torch.geqrf(weight)
         triangle = reflectors[:in_features].triu()
-        energies, vectors = torch.linalg.eigh(_sandwich(triangle, metric, triangular=True), UPLO="U")
+        energies, vectors = torch.linalg.eigh(_sandwich(triangle, metric, triangular=True))
         padded = weight.new_zeros(in_features, out_features).T
         padded[:in_features] = vectors.flip(1)
         left = torch.ormqr(reflectors, scales, padded)
@@ -37,7 +37,7 @@ def directions(weight: Float[Tensor, "out in"], metric: Metric) -> tuple[Float[T
 
 
 def _sandwich(weight: Float[Tensor, "out in"], metric: Metric, triangular: bool = False) -> Float[Tensor, "out out"]:
-    """The upper triangle of W M Wᵀ, zeros far below it; triangular: W is upper triangular, its zeros are skipped."""
+    """The lower triangle of W M Wᵀ, all that `eigh` reads; triangular: W is upper triangular, its zeros are skipped."""
     rows = weight.shape[0]
     product = weight.new_zeros(rows, rows)
     metric = None if metric is None else metric.to(weight)
@@ -47,7 +47,7 @@ def _sandwich(weight: Float[Tensor, "out in"], metric: Metric, triangular: bool 
         if metric is not None:
             strip = strip * metric[used] if metric.ndim == 1 else strip @ metric[used, used]
         product[start : start + 256, start:] = strip @ weight[start:, used].T
-    return product
+    return product.T
 
 
 def pivot_rows(

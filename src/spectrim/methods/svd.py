@@ -102,7 +102,7 @@ class FisherSVD(MetricSVD):
 
     def __post_init__(self) -> None:
         if not self.largest_spread >= 1:
-            raise ValueError(f"largest_spread is {self.largest_spread}: the ratio of two weights is capped at 1 or more")
+            raise ValueError(f"largest_spread is {self.largest_spread}: the cap on their ratio cannot be below 1")
 
     @property
     def needs(self) -> tuple[Statistic, ...]:

@@ -108,8 +108,8 @@ def _is_causal(config: PretrainedConfig) -> bool:
     """Whether transformers has a causal model of this configuration, and the checkpoint was saved as one."""
     if type(config) not in AutoModelForCausalLM._model_mapping:
         return False
-    known = AutoModelForCausalLM._model_mapping[type(config)].__name__
-    endings = (known, "ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+    known: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    endings = (known.__name__, "ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
     return not config.architectures or any(name.endswith(endings) for name in config.architectures)
 
 
@@ -375,7 +375,7 @@ def check_finite(model: nn.Module) -> None:
     """Raise ValueError naming a parameter that holds NaN or infinity, or no values at all (offloaded)."""
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
-            raise ValueError(f"the weight {name} is not in memory (offloaded): load the whole model, or give its directory")
+            raise ValueError(f"the weight {name} is not in memory (offloaded): load it whole, or give its directory")
         _check_finite(name, parameter)
 
 
