@@ -2,9 +2,9 @@
 
 `ours` is what a run does to one matrix: `linalg.directions` in the metric of a full Gram, then the cut at the
 break-even rank, right = leftᵀ W. `kernels` is the least that must be computed: the products that form the matrix, its
-`eigh`, right, and for out > in the QR before them. `cholesky` is the usual route: Cholesky of the Gram and `torch.linalg.svd`
-(gesdd) of W · factor, both float64; what it would still need to form its factors is left out, in its favour.
-On one thread the seconds are those of the processor, which other programs on the machine do not lengthen.
+`eigh`, right, and for out > in the QR before them. `cholesky` is the usual route: Cholesky of the Gram and
+`torch.linalg.svd` (gesdd) of W · factor, in float64; what it would still need to form its factors is left out, in its
+favour. On one thread the seconds are the processor's, which other programs on the machine do not lengthen.
 """
 
 from __future__ import annotations

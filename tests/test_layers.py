@@ -19,7 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("data", "model"),
     ("calibrate", "learn", "measure.evaluate", "measure.speed"),
     ("methods", "finetune"),
-    ("recipe", "pipeline", "estimate"),
+    ("recipe", "jobs", "pipeline", "estimate"),
     ("measure.compare", "measure.report"),
     ("cli", "commands", "__main__", "__init__"),
 )

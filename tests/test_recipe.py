@@ -32,6 +32,12 @@ def changed(**keys: Any) -> dict[str, Any]:
     return {**SIMPLE, "groups": [{**SIMPLE["groups"][0], **keys}]}
 
 
+def decomposer(recipe: Recipe, each: Target) -> Any:
+    """The decomposer of a target, where there is one group."""
+    (group,) = recipe.groups
+    return recipe.decomposers(group, [each])[each.name]
+
+
 def written(folder: Path, data: Any) -> str:
     path = folder / "mine.yaml"
     path.write_text(data if isinstance(data, str) else yaml.safe_dump(data), encoding="utf-8")
@@ -48,14 +54,16 @@ def test_a_shipped_recipe_builds(name: str) -> None:
     for group, members in zip(recipe.groups, grouped(recipe, TARGETS), strict=True):
         assert members
         assert type(recipe.allocator(group)) in registry.allocators().values()
-        assert all(type(recipe.decomposer(group, each)) in registry.decomposers().values() for each in members)
+        found = recipe.decomposers(group, members)
+        assert found.keys() == {each.name for each in members}
+        assert {type(method) for method in found.values()} <= set(registry.decomposers().values())
 
 
 def test_there_is_a_recipe_for_every_baseline() -> None:
     assert shipped().keys() >= {"default", "svd", "asvd", "fwsvd", "input-weighted", "whitened"}
     default = build("default")
     assert default.groups[0].format == "pivot"
-    assert default.decomposer(default.groups[0], TARGETS[0]) == WhitenedSVD()
+    assert decomposer(default, TARGETS[0]) == WhitenedSVD()
 
 
 def test_a_recipe_is_read_from_a_file_or_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +102,7 @@ def test_a_recipe_survives_being_written_down() -> None:
     recipe = validated(SIMPLE, "mine")
     again = Recipe.model_validate(recipe.model_dump())
     assert again == recipe
-    assert again.decomposer(again.groups[0], TARGETS[0]) == ActivationSVD(alpha=0.25)
+    assert decomposer(again, TARGETS[0]) == ActivationSVD(alpha=0.25)
 
 
 def test_match_is_a_role_roles_or_a_glob_over_names() -> None:
@@ -126,11 +134,10 @@ def test_a_match_without_targets_names_the_roles_present() -> None:
 def test_several_decomposers_each_with_its_own_match() -> None:
     methods = [{"method": "asvd", "match": ["q", "k"], "alpha": 1}, {"method": "svd", "match": "*.0.*"}]
     recipe = validated({"groups": [{"decompose": methods}]}, "mine")
-    (group,) = recipe.groups
-    found = [recipe.decomposer(group, each) for each in TARGETS[:4]]
+    found = [decomposer(recipe, each) for each in TARGETS[:4]]
     assert found == [ActivationSVD(1.0), ActivationSVD(1.0), PlainSVD(), PlainSVD()]
     with pytest.raises(RecipeError, match=r"no decomposer .* matches model\.layers\.1\.up_proj \(role up\)"):
-        recipe.decomposer(group, TARGETS[6])
+        decomposer(recipe, TARGETS[6])
 
 
 # --- what is refused ---
@@ -190,7 +197,7 @@ def test_settings_are_assigned_by_path(tmp_path: Path) -> None:
     (group,) = recipe.groups
     assert recipe.calibrate == Calibrate(sequences=4, length=64, seed=3)
     assert (group.ratio, group.match) == (0.5, ["up", "down"])
-    assert recipe.decomposer(group, TARGETS[2]) == ActivationSVD(alpha=1.0)
+    assert decomposer(recipe, TARGETS[2]) == ActivationSVD(alpha=1.0)
     assert recipe.about == "a=b"
 
 

@@ -12,10 +12,12 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from spectrim import pipeline
+from spectrim.core.progress import Progress, silent
 from spectrim.measure import evaluate as measures
 from spectrim.measure.speed import speed as measure_speed
 from spectrim.model import loading
-from spectrim.model.checkpoint import Progress, moved, quiet, read_config, resolve, silent, weight_files
+from spectrim.model.checkpoint import moved, quiet
+from spectrim.model.files import read_config, resolve, weight_files
 
 PROMPT = "Once upon a time"
 WINDOW = 256  # what the bundled model was trained on

@@ -13,10 +13,12 @@ from torch import Tensor
 from spectrim.core import budget
 from spectrim.core import plan as plans
 from spectrim.core.plan import Part, Plan
+from spectrim.jobs import Job, allocate_early, plan_jobs
 from spectrim.measure.evaluate import max_positions, parameters
 from spectrim.model import blocks, targets
-from spectrim.model.checkpoint import Checkpoint, resolve
-from spectrim.pipeline import DEFAULT_LENGTH, Job, allocate_early, compute_dtype, plan_jobs
+from spectrim.model.checkpoint import Checkpoint
+from spectrim.model.files import resolve
+from spectrim.pipeline import DEFAULT_LENGTH, compute_dtype
 from spectrim.recipe import Recipe
 
 

@@ -26,30 +26,20 @@ from spectrim.calibrate.streamed import streamed
 from spectrim.core import budget
 from spectrim.core import plan as plans
 from spectrim.core.plan import Candidate, Plan, Target, Units
-from spectrim.core.registry import Problem
+from spectrim.core.progress import Progress, silent
 from spectrim.core.store import Store, hash_of, write_json
 from spectrim.data import text as texts
+from spectrim.jobs import Job, allocate, allocate_early, plan_jobs
 from spectrim.measure.evaluate import max_positions, parameters
 from spectrim.model import apply, blocks, targets, writer
 from spectrim.model.blocks import Batch
-from spectrim.model.checkpoint import Checkpoint, LiveModel, Progress, Weights, resolve, silent
-from spectrim.recipe import Group, Recipe, RecipeError
+from spectrim.model.checkpoint import Checkpoint, LiveModel, Weights
+from spectrim.model.files import resolve
+from spectrim.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_LENGTH = 2048
-
-
-@dataclass(frozen=True)
-class Job:
-    """One group of a recipe met with its targets: what is decomposed how, within which budget."""
-
-    group: Group
-    targets: tuple[Target, ...]
-    decomposers: Mapping[str, Any]
-    allocator: Any
-    format: str
-    budget: int
 
 
 @dataclass(frozen=True)
@@ -158,31 +148,6 @@ def _store(work: str | Path | None, out: Path | str | None) -> Iterator[Store]:
 def compute_dtype(device: str | torch.device) -> torch.dtype | None:
     """The dtype calibration runs in: float32 on a CPU, where half types are slower and rougher; else as stored."""
     return torch.float32 if torch.device(device).type == "cpu" else None
-
-
-def plan_jobs(asked: Recipe, structure: targets.Structure) -> list[Job]:
-    """The groups of a recipe with their targets, methods and budgets. Raises RecipeError where they do not fit."""
-    jobs = []
-    for group, members in zip(asked.groups, recipes.grouped(asked, structure.targets), strict=True):
-        decomposers = {target.name: asked.decomposer(group, target) for target in members}
-        allowed = budget.allowed(members, group.ratio)
-        format = budget.RANK_FORMATS[group.format]
-        jobs.append(Job(group, tuple(members), decomposers, asked.allocator(group), format, allowed))
-    return jobs
-
-
-def allocate_early(job: Job, asked: Recipe) -> Plan | None:
-    """The plan of a job whose allocator needs shapes only, before anything heavy; None for the others."""
-    return _allocate(job, asked) if job.allocator.sees == "shapes" else None
-
-
-def _allocate(job: Job, asked: Recipe, **seen: Any) -> Plan:
-    generator = torch.Generator().manual_seed(asked.calibrate.seed)
-    try:
-        plan: Plan = job.allocator.allocate(Problem(job.targets, job.budget, job.format, generator, **seen))
-    except ValueError as error:
-        raise RecipeError(f"group {job.group.match!r} at ratio {job.group.ratio}: {error}") from error
-    return plan
 
 
 def _windows(
@@ -372,7 +337,7 @@ class _Run:
             for index in range(self.structure.count)
         }
         own = {target.name: candidates[target.name] for target in job.targets}
-        return _allocate(job, self.asked, candidates=own, statistics=measured)
+        return allocate(job, self.asked, candidates=own, statistics=measured)
 
     def finish(
         self,

@@ -74,12 +74,19 @@ class Recipe(_Strict):
     calibrate: Calibrate = Calibrate()
     groups: list[Group] = Field(min_length=1)
 
-    def decomposer(self, group: Group, target: Target) -> Any:
-        """The decomposer of one target of a group: the first whose `match` has it. Raises RecipeError if none."""
-        for method in group.decompose:
-            if matches(method.match, target):
-                return _built("decomposer", registry.decomposers(), method)
-        raise RecipeError(f"no decomposer of the group {group.match!r} matches {target.name} (role {target.role})")
+    def decomposers(self, group: Group, members: Sequence[Target]) -> dict[str, Any]:
+        """The decomposer of each target of a group: the first whose `match` has it. Raises RecipeError if none."""
+        table = registry.decomposers()
+        built = [(method.match, _built("decomposer", table, method)) for method in group.decompose]
+        found = {}
+        for target in members:
+            fitting = [decomposer for match, decomposer in built if matches(match, target)]
+            if not fitting:
+                raise RecipeError(
+                    f"no decomposer of the group {group.match!r} matches {target.name} (role {target.role})"
+                )
+            found[target.name] = fitting[0]
+        return found
 
     def allocator(self, group: Group) -> Any:
         """The allocator of a group."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import spectrim
-from spectrim.model import checkpoint, targets
+from spectrim.model import files, targets
 from spectrim.model.checkpoint import Checkpoint, LiveModel
 from tests.families import FAMILIES, LAYERS
 
@@ -203,15 +203,15 @@ def test_a_live_model_is_never_emptied() -> None:
 
 
 def test_where_a_model_is_looked_for(tmp_path: Path, llama_dir: Path) -> None:
-    assert checkpoint.resolve(str(llama_dir)) == llama_dir
-    assert (checkpoint.resolve("reference") / "config.json").is_file()
+    assert files.resolve(str(llama_dir)) == llama_dir
+    assert (files.resolve("reference") / "config.json").is_file()
     with pytest.raises(ValueError, match=r"holds no config\.json"):
-        checkpoint.resolve(str(tmp_path))
+        files.resolve(str(tmp_path))
     for name in (str(tmp_path / "none"), "./none", "a/b/c"):
         with pytest.raises(ValueError, match="no such model directory"):
-            checkpoint.resolve(name)
+            files.resolve(name)
     with pytest.raises(ValueError, match="nobody/nothing is no directory here and could not be had from the hub"):
-        checkpoint.resolve("nobody/nothing")
+        files.resolve("nobody/nothing")
 
 
 def test_a_file_of_the_index_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spectrim.calibrate.collect import BlockStatistics, Collector, Wanted, without_dropout
+from spectrim.core.progress import Progress, silent
 from spectrim.model.blocks import Batch
-from spectrim.model.checkpoint import Progress, silent
 from spectrim.model.targets import Structure
 
 

@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from spectrim.calibrate.collect import BlockStatistics, Collector, Wanted, without_dropout
+from spectrim.core.progress import Progress, silent
 from spectrim.model import blocks
 from spectrim.model.blocks import Batch, Call
-from spectrim.model.checkpoint import Progress, Weights, silent
+from spectrim.model.checkpoint import Weights
 from spectrim.model.targets import Structure
 
 

@@ -15,9 +15,11 @@ from transformers import PreTrainedModel
 
 from spectrim.core import linalg
 from spectrim.core.plan import Candidate, Choice, Plan, Target
+from spectrim.core.progress import Progress, silent
 from spectrim.core.store import write_json
 from spectrim.model import loading, modules, targets
-from spectrim.model.checkpoint import DTYPES, Checkpoint, Progress, config_json, silent
+from spectrim.model.checkpoint import Checkpoint
+from spectrim.model.files import DTYPES, config_json
 from spectrim.model.quantizer import guard_name
 from spectrim.model.writer import Item, write_shards
 

@@ -22,7 +22,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from spectrim.model import modules
-from spectrim.model.checkpoint import DTYPES, config_json, read_config, skeleton, weight_files
+from spectrim.model.checkpoint import skeleton
+from spectrim.model.files import DTYPES, config_json, read_config, weight_files
 from spectrim.model.loading import CODE_FILE, Layout, read_layout
 from spectrim.model.quantizer import CODE_MODULE
 from spectrim.model.writer import Item, new_directory, refuse_filled, write_shards

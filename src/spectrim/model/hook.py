@@ -4,10 +4,10 @@ Nothing heavy is imported here, so importing the package stays light.
 """
 
 import sys
-from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 TRIGGER = "transformers.quantizers.auto"  # the module that holds transformers' table of quantizers
 
@@ -29,9 +29,7 @@ def _register() -> None:
 class _Finder(MetaPathFinder):
     """Finds the trigger module where the other finders do, and registers after it has run."""
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
         if fullname != TRIGGER:
             return None
         others = (finder for finder in sys.meta_path if finder is not self)

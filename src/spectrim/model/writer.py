@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spectrim.model.checkpoint import DTYPES
+from spectrim.model.files import DTYPES
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
