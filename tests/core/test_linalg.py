@@ -290,7 +290,18 @@ def test_mixing_numbers_stay_small_where_the_base_is_dependent_after_rounding(fo
         assert pivot <= 3 * plain
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("size", [(512, 512, 300), (512, 192, 117), (192, 512, 117)])
+@pytest.mark.parametrize("decay", [0.0, 0.5, 1.0])
+def test_in_bfloat16_it_stays_so_at_the_sizes_of_models(size: tuple[int, int, int], decay: float) -> None:
+    m, n, rank = size
+    u, _, v = torch.linalg.svd(random(m, n), full_matrices=False)
+    weight = u * torch.arange(1.0, min(m, n) + 1).double() ** -decay @ v
+    left, _ = directions(weight, None)
+    pivot, plain = rounding_errors(by_rows, *balance(left[:, :rank], left[:, :rank].T @ weight))
+    assert pivot <= (2 if decay == 0 else 1.5 if decay < 1 else 1) * plain
+
+
+@pytest.mark.parametrize("dtype", [torch.float32])
 def test_the_mix_is_the_least_squares_fit_to_the_rounded_base(dtype: torch.dtype) -> None:
     left, right = products()["random"]
     base, mix, order = pivot_rows(left, right, dtype)
