@@ -246,3 +246,11 @@ def test_shortcuts_reach_every_group_and_the_calibration(tmp_path: Path) -> None
 def test_shortcuts_on_a_recipe_without_groups(tmp_path: Path, groups: Any) -> None:
     with pytest.raises(RecipeError, match="groups"):
         build(written(tmp_path, {"groups": groups}), {"ratio": 0.3})
+
+
+def test_a_recipe_made_already_takes_the_shortcuts_too() -> None:
+    made = build("asvd", settings=["groups.0.decompose.alpha=0.25"])
+    again = build(made, {"ratio": 0.35, "format": "pivot", "seed": 3})
+    assert (again.groups[0].ratio, again.groups[0].format, again.calibrate.seed) == (0.35, "pivot", 3)
+    assert again.groups[0].decompose == made.groups[0].decompose
+    assert build(made) == made

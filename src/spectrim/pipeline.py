@@ -97,24 +97,14 @@ def compress(
     kept only if given. Raises ValueError (and RecipeError, StoreError) before anything heavy for bad input.
     """
     shortcuts = {"ratio": ratio, "sequences": sequences, "length": length, "seed": seed, "format": format}
-    asked = recipe if isinstance(recipe, Recipe) else recipes.build(recipe, shortcuts, settings)
+    asked = recipes.build(recipe, shortcuts, settings)
     timings = Timings()
-    if isinstance(model, PreTrainedModel):
-        if out is not None:
-            raise ValueError("a live model is compressed in place: save it with spectrim.save(model, directory)")
-        source: Weights = LiveModel(model)
-    else:
-        if out is None:
-            raise ValueError("give `out`, the directory to write the compressed model into")
-        out = Path(out)
-        writer.refuse_filled(out, overwrite)
-        with timings.stage("read"):
-            directory = resolve(str(model))
-            if text is None and model == "reference":
-                text = "reference"
-            source = Checkpoint(directory, compute_dtype(device), trust_remote_code)
-            if text is not None and tokenizer is None and not isinstance(text, Tensor):
-                tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    with timings.stage("read"):
+        source = _source(model, out, device, overwrite, trust_remote_code)
+        if text is None and model == "reference":
+            text = "reference"
+        if isinstance(source, Checkpoint) and tokenizer is None and text is not None and not isinstance(text, Tensor):
+            tokenizer = AutoTokenizer.from_pretrained(source.directory, trust_remote_code=trust_remote_code)
     with timings.stage("targets"):
         structure = blocks.share_inputs(source.model, targets.find(source.model))
         jobs = plan_jobs(asked, structure)
@@ -129,6 +119,24 @@ def compress(
             plan = replace(plans.merge(chosen), notes=structure.notes)
             store.save_json("plan", {"recipe": asked.model_dump(), "weights": run.fingerprint}, plan.to_json())
         return run.finish(plan, candidates, out, overwrite, dtype)
+
+
+def _source(
+    model: str | Path | PreTrainedModel,
+    out: str | Path | None,
+    device: str | torch.device,
+    overwrite: bool,
+    trust_remote_code: bool,
+) -> Weights:
+    """Where the weights come from. Raises ValueError unless a directory has an `out` that can be written."""
+    if isinstance(model, PreTrainedModel):
+        if out is not None:
+            raise ValueError("a live model is compressed in place: save it with spectrim.save(model, directory)")
+        return LiveModel(model)
+    if out is None:
+        raise ValueError("give `out`, the directory to write the compressed model into")
+    writer.refuse_filled(Path(out), overwrite)
+    return Checkpoint(resolve(str(model)), compute_dtype(device), trust_remote_code)
 
 
 @contextmanager

@@ -177,13 +177,14 @@ def _step(place: Any, step: str, path: str) -> Any:
     return place.setdefault(step, {})
 
 
-def build(name: str, shortcuts: Mapping[str, Any] | None = None, settings: Sequence[str] = ()) -> Recipe:
-    """The recipe `name` with the command line's shortcuts and `a.b=c` settings.
+def build(recipe: str | Recipe, shortcuts: Mapping[str, Any] | None = None, settings: Sequence[str] = ()) -> Recipe:
+    """A recipe (its name or file, or one made already) with the command line's shortcuts and `a.b=c` settings.
 
     shortcuts: ratio and format (of every group), sequences, length and seed; None values change nothing.
     Raises RecipeError, naming the key, for anything unknown or out of range.
     """
-    data = read(name)
+    name = recipe if isinstance(recipe, str) else "given"
+    data = recipe.model_dump() if isinstance(recipe, Recipe) else read(recipe)
     for key, value in (shortcuts or {}).items():
         if value is None:
             continue

@@ -311,10 +311,10 @@ class TestParameters:
         assert parameters(holder) == expected
 
     def test_nothing_there(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=r"no model\.safetensors there"):
+        with pytest.raises(ValueError, match=r"model\.safetensors is missing"):
             parameters(tmp_path)
         (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
-        with pytest.raises(ValueError, match=r"no model-1\.safetensors there"):
+        with pytest.raises(ValueError, match=r"model-1\.safetensors is missing"):
             parameters(tmp_path)
 
 

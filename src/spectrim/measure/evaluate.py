@@ -7,7 +7,6 @@ skipped), and the loss is the mean over all next-token predictions inside the wi
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectrim.data.text import fixed_windows, read_documents, token_stream
+from spectrim.model.files import weight_files
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ def parameters(model_or_directory: nn.Module | str | Path) -> dict[str, int]:
         tensors = {id(tensor): tensor for tensor in model_or_directory.state_dict(keep_vars=True).values()}
         sizes = [(t.is_floating_point(), t.numel(), 8 * t.element_size()) for t in tensors.values()]
     else:
-        sizes = [size for file in _safetensors_files(Path(model_or_directory)) for size in _header_sizes(file)]
+        sizes = [size for file in weight_files(Path(model_or_directory)) for size in _header_sizes(file)]
     return {
         "total": sum(numel for floating, numel, _ in sizes if floating),
         "bytes": sum(numel * bits // 8 for floating, numel, bits in sizes if floating),
@@ -252,20 +252,6 @@ def _protocol(window: int, windows: int, available: int, dtype: torch.dtype) -> 
         f"{window} tokens without overlap, tail dropped ({used}); mean over the {window - 1} next-token predictions "
         f"of every window; {str(dtype).removeprefix('torch.')} model, float32 loss"
     )
-
-
-def _safetensors_files(directory: Path) -> list[Path]:
-    """The files of the model itself: an index names its shards, and other safetensors may lie beside them."""
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
-    files = [directory / name for name in names]
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise ValueError(f"{directory}: no {', '.join(missing)} there: it must hold a model saved as safetensors")
-    return files
 
 
 def _header_sizes(file: Path) -> Iterator[tuple[bool, int, int]]:

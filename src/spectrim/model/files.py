@@ -91,7 +91,8 @@ def refuse_quantized(config: PretrainedConfig, name: str) -> None:
 def weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a checkpoint, each opened once to see that it is whole.
 
-    Raises ValueError when there are none, one is missing, or one is truncated or damaged.
+    An index names its shards; other safetensors may lie beside them. Raises ValueError when there are none, one is
+    missing, or one is truncated or damaged.
     """
     index = directory / "model.safetensors.index.json"
     if index.exists():
@@ -123,6 +124,7 @@ def file_hash(files: list[Path]) -> str:
 
 
 def keys(file: Path) -> list[str]:
+    """Names of the tensors in a safetensors file."""
     with safe_open(file, framework="pt") as opened:
         return list(opened.keys())
 
