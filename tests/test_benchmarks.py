@@ -157,12 +157,12 @@ def test_tables_are_written_between_the_marks(tmp_path: Path) -> None:
     case = Case("one", (1.25, 1.0, 1.5), 2, bound=Bound("at most", 1.2))
     common.write(tmp_path / "decompose.json", common.result("decompose", [case], {}))
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{run.START}\nformer\n{run.END}\nafter\n", encoding="utf-8")
+    page.write_text(f"before\n{run.START}\nthe old table\n{run.END}\nafter\n", encoding="utf-8")
     for _ in range(2):  # a second time changes nothing
         run.write_tables(tmp_path, [page])
     text = page.read_text(encoding="utf-8")
     assert "| decompose | one | 1.250 | 1.000 to 1.500 | at most 1.2 | **no** | 2 | 3 |" in text
-    assert text.startswith("before\n") and text.endswith("after\n") and "former" not in text
+    assert text.startswith("before\n") and text.endswith("after\n") and "the old table" not in text
     assert text.count("| one |") == 1
     page.write_text("no marks", encoding="utf-8")
     with pytest.raises(ValueError, match="between which the table belongs"):
