@@ -98,7 +98,7 @@ def test_the_routes_compared_agree() -> None:
 
 def test_whole_run(tmp_path: Path) -> None:
     setting = whole_run.prepare(tmp_path, TINY, sequences=4, length=16, batch=2, timed_blocks=1)
-    (case,) = whole_run.cases(setting, 1, 1)
+    (case,) = whole_run.cases(setting, 2, 1)
     data = well_formed(case, whole_run.OVER_PARTS)
     assert set(data["details"]["shares"]) == set(whole_run.PARTS)
     assert setting.last is not None and setting.last.summary["ratio_actual"] >= whole_run.RATIO
