@@ -23,7 +23,7 @@ from spectrim import recipe as recipes
 from spectrim.calibrate.collect import BlockStatistics, Wanted
 from spectrim.calibrate.resident import resident
 from spectrim.calibrate.streamed import streamed
-from spectrim.core import budget
+from spectrim.core import budget, heap
 from spectrim.core import plan as plans
 from spectrim.core.plan import Candidate, Plan, Target, Units
 from spectrim.core.progress import Progress, silent
@@ -69,6 +69,7 @@ class Timings:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
+@heap.small()
 def compress(
     model: str | Path | PreTrainedModel,
     recipe: str | Recipe = "default",
