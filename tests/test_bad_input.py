@@ -205,7 +205,7 @@ def test_the_largest_possible_ratio_is_named_and_possible(llama_dir: Path, tmp_p
         ("groups.0.allocate.multiple=many", r"setting multiple: .*given 'many'"),
         ("groups.0.allocate.multiple=0", "multiple is 0"),
         ("groups.0.format=dense", r"groups\.0\.format: .*given 'dense'"),
-        ("groups.0.match=nothing", "has no target here; roles present: down, gate, k, o, q, up, v"),
+        ("groups.0.match=nothing", "has no target here; roles present: down, ffn, gate, k, o, q, up, v"),
         ("groups.3.ratio=0.1", "'3' is no index of a list of 1"),
         ("calibrate.sequences=0", r"calibrate\.sequences: .*given 0"),
     ],

@@ -20,7 +20,7 @@ import spectrim
 from spectrim.cli import app
 from tests.families import LAYERS
 
-COMMANDS = ("compress", "evaluate", "plan", "export", "methods", "demo")
+COMMANDS = ("compress", "evaluate", "compare", "plan", "export", "methods", "demo")
 SMALL = ["--sequences", "8", "--length", "24"]
 
 

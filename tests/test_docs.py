@@ -21,6 +21,8 @@ from spectrim.recipe import build as build_recipe
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"```(console|python|yaml)\n(.*?)```", re.DOTALL)
 FLAGS = re.compile(r"--[a-z][a-z-]+")
+PAGES = ["README.md", "docs/quickstart.md", "docs/large-models.md", "docs/compare.md"]
+PAGES += [f"docs/methods/{page.name}" for page in sorted((ROOT / "docs/methods").glob("*.md"))]
 
 
 @pytest.fixture
@@ -59,6 +61,12 @@ def test_quickstart_runs() -> None:
     assert run_document("docs/quickstart.md") >= 7
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("folder")
+def test_compare_runs() -> None:
+    assert run_document("docs/compare.md") == 4
+
+
 @pytest.mark.usefixtures("folder")
 def test_add_a_method_runs_and_its_recipe_is_valid(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_decomposers", dict(registry.decomposers()))
@@ -81,7 +89,7 @@ def test_examples_run(
     assert "parameters" in capsys.readouterr().out or script == "mixed_recipe.py"
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/quickstart.md", "docs/large-models.md", "docs/methods/svd.md"])
+@pytest.mark.parametrize("name", PAGES)
 def test_flags_and_recipes_in_commands_exist(name: str) -> None:
     known = set()
     for command in app.registered_commands:

@@ -19,14 +19,19 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("data", "model"),
     ("calibrate", "learn", "measure.evaluate", "measure.speed"),
     ("methods", "finetune"),
-    ("recipe", "jobs", "pipeline", "estimate"),
-    ("measure.compare", "measure.report"),
+    ("recipe", "jobs", "run", "pipeline", "estimate"),
+    ("measure.compare", "measure.plot", "measure.apart", "measure.zero_shot", "measure.report"),
     ("cli", "commands", "__main__", "__init__"),
 )
 # Layer 3 sees of layer 2 only these.
 SEEN_BY_METHODS = ("calibrate.statistics", "learn.gates")
 # Files without a folder of their own that may import each other.
-TOGETHER = (frozenset(LAYERS[4]), frozenset(LAYERS[6]), frozenset({"measure.evaluate", "measure.speed"}))
+TOGETHER = (
+    frozenset(LAYERS[4]),
+    frozenset(LAYERS[5]),
+    frozenset(LAYERS[6]),
+    frozenset({"measure.evaluate", "measure.speed"}),
+)
 # The registry has the methods register themselves, when it is first asked and not before.
 LAZY_EXCEPTIONS = {("core.registry", "methods")}
 

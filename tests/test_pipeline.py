@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import spectrim
-from spectrim import pipeline, recipe
+from spectrim import recipe, run
 from spectrim.calibrate.statistics import Cosine
 from spectrim.core import budget, registry
 from spectrim.core.plan import Plan
@@ -150,13 +150,13 @@ def test_the_seed_reaches_the_windows(llama_dir: Path, text_file: Path, tmp_path
 def seen_windows(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The calibration tokens that reach the driver."""
     seen: list[Tensor] = []
-    original = pipeline.streamed
+    original = run.streamed
 
     def keeping(source: Any, structure: Any, batches: Any, *rest: Any) -> Iterator[Any]:
         seen.append(torch.cat([batch.ids for batch in batches]))
         return original(source, structure, batches, *rest)
 
-    monkeypatch.setattr(pipeline, "streamed", keeping)
+    monkeypatch.setattr(run, "streamed", keeping)
     return seen
 
 
@@ -287,11 +287,11 @@ def test_an_allocator_of_units_gets_candidates_and_statistics(
     asked = tmp_path / "units.yaml"
     asked.write_text(f"groups: [{{decompose: {{method: {decomposer}}}, allocate: {{method: by_cosine}}}}]")
 
-    def run(ratio: float) -> None:
+    def at(ratio: float) -> None:
         out = tmp_path / f"{ratio}"
         spectrim.compress(llama_dir, str(asked), ratio=ratio, text=CALIBRATION, out=out, work=tmp_path / "work")
 
-    run(0.3)
+    at(0.3)
     (problem,) = by_cosine.problems
     assert problem.candidates is not None and problem.statistics is not None
     assert set(problem.candidates) == {target.name for target in problem.targets}
@@ -310,7 +310,7 @@ def test_an_allocator_of_units_gets_candidates_and_statistics(
     measured = [problem.statistics[index][Cosine()].item() for index in range(LAYERS)]
     assert measured == pytest.approx(cosines(FAMILIES["llama"].make()), rel=1e-5)
     calls.clear()
-    run(0.5)
+    at(0.5)
     assert calls == {}
     again = by_cosine.problems[1]
     assert again.budget < problem.budget

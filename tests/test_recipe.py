@@ -25,6 +25,10 @@ def target(name: str, role: str) -> Target:
 
 
 TARGETS = [target(f"model.layers.{i}.{role}_proj", role) for i in range(2) for role in ("q", "k", "up", "down")]
+FFNS = [
+    Target(f"model.layers.{i}.mlp", "ffn", (i,), tuple(t.parts[0] for t in TARGETS[4 * i + 2 : 4 * i + 4]))
+    for i in range(2)
+]
 
 
 def changed(**keys: Any) -> dict[str, Any]:
@@ -51,7 +55,7 @@ def written(folder: Path, data: Any) -> str:
 def test_a_shipped_recipe_builds(name: str) -> None:
     recipe = build(name)
     assert recipe.about and shipped()[name] == recipe.about
-    for group, members in zip(recipe.groups, grouped(recipe, TARGETS), strict=True):
+    for group, members in zip(recipe.groups, grouped(recipe, TARGETS, FFNS), strict=True):
         assert members
         assert type(recipe.allocator(group)) in registry.allocators().values()
         found = recipe.decomposers(group, members)
@@ -118,6 +122,28 @@ def test_groups_part_the_targets_and_may_leave_some_dense() -> None:
     data = {"groups": [{"match": role, "decompose": {"method": "svd"}} for role in ("up", "q")]}
     up, q = grouped(validated(data, "mine"), TARGETS)
     assert [each.role for each in up] == ["up", "up"] and [each.role for each in q] == ["q", "q"]
+
+
+def test_an_ffn_is_a_target_only_where_it_is_named() -> None:
+    data = {"groups": [{"match": ["q", "k"], "decompose": {"method": "svd"}}]}
+    data["groups"].append({"match": "ffn", "decompose": {"method": "channel_prune"}})
+    assert grouped(validated(data, "mine"), TARGETS, FFNS)[1] == FFNS
+    data["groups"] = [{"match": "*", "decompose": {"method": "svd"}}]
+    assert grouped(validated(data, "mine"), TARGETS, FFNS) == [TARGETS]
+
+
+@pytest.mark.parametrize("match", ["up", "*.0.*"])
+def test_an_ffn_and_a_part_of_it_are_refused(match: str) -> None:
+    data = {"groups": [{"match": each, "decompose": {"method": "svd"}} for each in ("ffn", match)]}
+    with pytest.raises(
+        RecipeError, match=r"model\.layers\.0\.(up|down)_proj is in two groups: groups\.0 and groups\.1"
+    ):
+        grouped(validated(data, "mine"), TARGETS, FFNS)
+    data = {"groups": [{"match": ["ffn", match], "decompose": {"method": "svd"}}]}
+    with pytest.raises(
+        RecipeError, match=r"(up|down)_proj is in it by itself and as part of the FFN model\.layers\.0\.mlp"
+    ):
+        grouped(validated(data, "mine"), TARGETS, FFNS)
 
 
 def test_a_target_in_two_groups_is_named() -> None:

@@ -11,6 +11,7 @@ import torch
 
 import spectrim
 from spectrim import pipeline
+from spectrim import run as runs
 from spectrim.calibrate.statistics import Gram
 from spectrim.core import store
 from spectrim.data import text as texts
@@ -68,7 +69,7 @@ PLACES: dict[str, tuple[Any, str, int]] = {
     "the second block": (Gram, "update", 6),
     "decomposition": (svd, "directions", 10),
     "storing": (store, "save_file", 5),
-    "the plan": (pipeline.plans, "merge", 1),
+    "the plan": (runs.plans, "merge", 1),
     "the last factors": (apply, "form", TARGETS),
     "the description": (pipeline, "write_json", 1),
     "the record of the run": (writer.os, "fsync", TARGETS + 5),

@@ -12,16 +12,18 @@ from typing import TYPE_CHECKING, Any
 from spectrim.model.hook import install as _install
 
 if TYPE_CHECKING:
+    from spectrim.measure.compare import compare
     from spectrim.measure.evaluate import evaluate
     from spectrim.model.export import export_dense
     from spectrim.model.loading import load, save
     from spectrim.pipeline import Result, compress
 
-__all__ = ["Result", "compress", "evaluate", "export_dense", "load", "save"]
+__all__ = ["Result", "compare", "compress", "evaluate", "export_dense", "load", "save"]
 __version__ = "0.1.0"
 
 _PLACES = {
     "Result": "spectrim.pipeline",
+    "compare": "spectrim.measure.compare",
     "compress": "spectrim.pipeline",
     "evaluate": "spectrim.measure.evaluate",
     "export_dense": "spectrim.model.export",

@@ -200,6 +200,76 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    model: Model,
+    out: Out,
+    recipes: Annotated[list[str], typer.Option("--recipes", help="Recipe names or YAML files: a,b,c.")],
+    ratios: Annotated[list[str], typer.Option("--ratios", help="Fractions to remove: .1,.2,.4.")],
+    text: Text = None,
+    heldout: Annotated[list[str] | None, typer.Option("--heldout", help="Texts to measure on; the first: KL.")] = None,
+    formats: Annotated[list[str] | None, typer.Option("--formats", help="plain,pivot (default: the recipes').")] = None,
+    tasks: Annotated[list[str] | None, typer.Option("--tasks", help="lm-eval names or multiple-choice .jsonl.")] = None,
+    sequences: Sequences = None,
+    length: Length = None,
+    seed: Seed = None,
+    window: Annotated[int | None, typer.Option("--window", help="Tokens in a window of a held-out text.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="The first N windows only.")] = None,
+    work: Annotated[Path | None, typer.Option("--work", help="The store all cells share (default OUT/work).")] = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another comparison in OUT.")] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the checkpoints in OUT/models.")] = False,
+    plot: Annotated[bool, typer.Option("--plot/--no-plot", help="Draw compare.png and .svg.")] = True,
+    trust_remote_code: Trust = False,
+    set_: Settings = None,
+    as_json: Json = False,
+) -> None:
+    """Measure recipes against each other at the same ratios, on the same text; a killed comparison goes on."""
+    with _failures(), _bars() as progress:
+        wanted = [_number(each) for each in _listed(ratios)]
+        from spectrim.measure.compare import compare as run
+
+        found = run(
+            model, _listed(recipes), wanted, text, _listed(heldout), out, formats=_listed(formats),
+            sequences=sequences, length=length, seed=seed, window=window, limit=limit, tasks=_listed(tasks),
+            settings=set_ or [], work=work, device=device, dtype=_dtype(dtype), overwrite=overwrite, keep=keep,
+            figure=plot, trust_remote_code=trust_remote_code, progress=progress,
+        )  # fmt: skip
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        _print_comparison(found.to_json(), out)
+    if found.failed:
+        err_console.print(f"{len(found.failed)} of {len(found.rows) - 1} cells failed; run again to try those again")
+        raise typer.Exit(1)
+
+
+def _listed(values: list[str] | None) -> list[str]:
+    """Options given once or more, each `a,b,c`, but for a file with a comma in its name."""
+    return [each for value in values or () for each in ([value] if Path(value).is_file() else value.split(",")) if each]
+
+
+def _number(value: str) -> float:
+    try:
+        return float(value)
+    except ValueError as error:
+        raise typer.BadParameter(f"--ratios {value}: no number") from error
+
+
+def _print_comparison(data: Any, out: Path) -> None:
+    from spectrim.measure.plot import LEGEND, table
+
+    header, rows = table(data)
+    # a pipe has no width: there nothing is folded
+    console = out_console if out_console.is_terminal else Console(width=400)
+    shown = Table(*header, title=str(out))
+    for row, following in zip(rows, [*rows[1:], []], strict=True):
+        shown.add_row(*row, end_section=row[:2] != following[:2])
+    console.print(shown)
+    console.print(LEGEND, highlight=False)
+
+
+@app.command()
 def plan(
     model: Model,
     recipe: RecipeName = "default",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spectrim.core import budget
 from spectrim.core import plan as plans
-from spectrim.core.plan import Part, Plan
+from spectrim.core.plan import Part, Plan, Target
 from spectrim.jobs import Job, allocate_early, plan_jobs
 from spectrim.measure.evaluate import max_positions, parameters
 from spectrim.model import blocks, targets
@@ -35,10 +35,13 @@ class Estimate:
 
     def to_json(self) -> dict[str, Any]:
         """All of it as JSON data."""
-        rows = [(t, p) for t in self.structure.targets for p in t.parts]
+        chosen = [target for job in self.jobs for target in job.targets]
+        inside = {part.module for target in chosen for part in target.parts}
+        rest = [target for target in self.structure.targets if target.name not in inside]
+        rows = [(t, p) for t in (*chosen, *rest) for p in t.parts]
         return {
             "targets": [
-                {"name": t.name, "role": t.role, "out": p.out_features, "in": p.in_features}
+                {"name": p.module, "role": t.role, "out": p.out_features, "in": p.in_features}
                 | {"choice": self._choice(t.name)}
                 for t, p in rows
             ],
@@ -72,13 +75,19 @@ def estimate(model: str | Path, recipe: Recipe, device: str = "cpu", trust_remot
     }
     disk = {
         "output": int(totals["total_after"] * checkpoint.stored_dtype.itemsize),
-        "work": sum(_stored_bytes(job.format, t.parts[0]) for job in jobs for t in job.targets),
+        "work": sum(_stored_bytes(job.format, t) for job in jobs for t in job.targets),
     }
     return Estimate(structure, jobs, plan, totals, _memory(checkpoint, structure, recipe, jobs), disk)
 
 
-def _stored_bytes(format: str, part: Part) -> int:
-    """A candidate in the store: left in float32 as far as the format can use it, two spectra in float64."""
+def _stored_bytes(format: str, target: Target) -> int:
+    """A candidate in the store: left in float32 as far as the format can use it, two spectra in float64.
+
+    An FFN as a whole has one score and one index a channel.
+    """
+    if budget.is_ffn(target):
+        return 16 * target.channels
+    (part,) = target.parts
     smaller = min(part.out_features, part.in_features)
     return 4 * part.out_features * min(smaller, budget.largest_rank(format, part)) + 16 * smaller
 

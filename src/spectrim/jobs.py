@@ -26,12 +26,13 @@ class Job:
     allocator: Any
     format: str
     budget: int
+    fixed: Mapping[str, int]
 
 
 def plan_jobs(asked: Recipe, structure: Structure) -> list[Job]:
     """The groups of a recipe with their targets, methods and budgets. Raises RecipeError where they do not fit."""
     jobs = []
-    for group, members in zip(asked.groups, recipes.grouped(asked, structure.targets), strict=True):
+    for group, members in zip(asked.groups, recipes.grouped(asked, structure.targets, structure.ffns), strict=True):
         allocator = asked.allocator(group)
         for statistic in allocator.needs:
             if statistic.where not in ("block", "sublayer"):
@@ -39,11 +40,31 @@ def plan_jobs(asked: Recipe, structure: Structure) -> list[Job]:
                     f"allocator {group.allocate.method!r} needs {statistic}, measured at the {statistic.where}: "
                     "an allocator is given statistics of blocks and sub-layers only"
                 )
-        allowed = budget.allowed(members, group.ratio)
-        format = budget.RANK_FORMATS[group.format]
         decomposers = asked.decomposers(group, members)
-        jobs.append(Job(group, tuple(members), decomposers, allocator, format, allowed))
+        for target in members:
+            _check(decomposers[target.name], target, asked.calibrate.sequential)
+        fixed = {t.name: _new_biases(t) for t in members if decomposers[t.name].adds_bias}
+        allowed, format = budget.allowed(members, group.ratio), budget.RANK_FORMATS[group.format]
+        jobs.append(Job(group, tuple(members), decomposers, allocator, format, allowed, fixed))
     return jobs
+
+
+def _check(decomposer: Any, target: Target, sequential: bool) -> None:
+    """Raise RecipeError for a decomposer that cannot work on a target, or not in a second pass."""
+    name = type(decomposer).__name__
+    if decomposer.whole != budget.is_ffn(target):
+        works = "FFNs as wholes (match: ffn)" if decomposer.whole else "single matrices"
+        raise RecipeError(f"{name} works on {works}; {target.name} has the role {target.role!r}")
+    gradient = [statistic for statistic in decomposer.needs if statistic.needs_gradient]
+    if sequential and gradient:
+        raise RecipeError(
+            f"{name} needs {gradient[0]}, of the whole model: it cannot run with calibrate.sequential, which goes "
+            "through the model block by block"
+        )
+
+
+def _new_biases(target: Target) -> int:
+    return sum(part.out_features for part in target.parts if not part.bias)
 
 
 def allocate_early(job: Job, asked: Recipe) -> Plan | None:
@@ -55,7 +76,8 @@ def allocate(job: Job, asked: Recipe, **seen: Any) -> Plan:
     """The plan of a job; `seen` is what its allocator may see beside shapes. Raises RecipeError naming the group."""
     generator = torch.Generator().manual_seed(asked.calibrate.seed)
     try:
-        plan: Plan = job.allocator.allocate(Problem(job.targets, job.budget, job.format, generator, **seen))
+        problem = Problem(job.targets, job.budget, job.format, generator, fixed=job.fixed, **seen)
+        plan: Plan = job.allocator.allocate(problem)
     except ValueError as error:
         raise RecipeError(f"group {job.group.match!r} at ratio {job.group.ratio}: {error}") from error
     return plan

@@ -30,6 +30,7 @@ class Calibrate(_Strict):
     length: int | None = Field(None, gt=1, description="tokens a window; None: the model's maximum, at most 2048")
     seed: int = Field(0, ge=0, description="of the choice of windows")
     batch: int = Field(8, gt=0, description="windows run at once")
+    sequential: bool = Field(False, description="decompose each block from inputs that the compressed ones before gave")
 
 
 class Method(BaseModel):
@@ -106,21 +107,29 @@ def matches(match: str | Sequence[str], target: Target) -> bool:
     return any(pattern == target.role or fnmatch.fnmatchcase(target.name, pattern) for pattern in patterns)
 
 
-def grouped(recipe: Recipe, targets: Sequence[Target]) -> list[list[Target]]:
-    """The targets of each group. Raises RecipeError for a target in two groups, or a group with none."""
+def grouped(recipe: Recipe, targets: Sequence[Target], ffns: Sequence[Target] = ()) -> list[list[Target]]:
+    """The targets of each group; FFNs as wholes only where `match` says `ffn`.
+
+    Raises RecipeError for a module in two groups (`ffn` and `gate`) or twice in one, or a group with no target.
+    """
     owners: dict[str, int] = {}
     groups: list[list[Target]] = []
     for i, group in enumerate(recipe.groups):
         members = [target for target in targets if matches(group.match, target)]
+        if "ffn" in ([group.match] if isinstance(group.match, str) else group.match):
+            members += ffns
         if not members:
-            roles = sorted({target.role for target in targets})
+            roles = sorted({target.role for target in (*targets, *ffns)})
             raise RecipeError(
                 f"groups.{i}: match {group.match!r} has no target here; roles present: {', '.join(roles)}"
             )
-        for target in members:
-            if target.name in owners:
-                raise RecipeError(f"{target.name} is in two groups: groups.{owners[target.name]} and groups.{i}")
-            owners[target.name] = i
+        for module in (part.module for target in members for part in target.parts):
+            if owners.setdefault(module, i) != i:
+                raise RecipeError(f"{module} is in two groups: groups.{owners[module]} and groups.{i}")
+        for ffn in (target for target in members if target.role == "ffn"):
+            twice = {part.module for part in ffn.parts} & {target.name for target in members}
+            if twice:
+                raise RecipeError(f"groups.{i}: {min(twice)} is in it by itself and as part of the FFN {ffn.name}")
         groups.append(members)
     return groups
 

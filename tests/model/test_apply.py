@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import spectrim
 from spectrim.core import budget
-from spectrim.core.plan import Candidate, Choice, Plan, Target
+from spectrim.core.plan import Candidate, Choice, Part, Plan, Target
 from spectrim.methods.svd import PlainSVD
 from spectrim.model import apply, targets
 from spectrim.model.checkpoint import Checkpoint, LiveModel, Weights
@@ -222,12 +222,17 @@ def test_progress_of_a_live_model_counts_to_its_total() -> None:
     assert seen == [("write", i, 4) for i in range(1, 5)]
 
 
+def whole(out: int, width: int) -> tuple[Target, Part]:
+    part = Part("m", out, width, "x")
+    return Target("m", "up", (0,), (part,)), part
+
+
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("rank", [0, 1, 7, 15])
 def test_formed_tensors_fit_the_spec_and_give_the_product(format: str, rank: int) -> None:
     torch.manual_seed(0)
     left, right = torch.randn(16, rank), torch.randn(rank, 24)
-    spec = apply.spec_of(Choice({"m": format}, {"rank": rank}), "m", 16, 24, bias=False)
+    spec = apply.spec_of(Choice({"m": format}, {"rank": rank}), *whole(16, 24))
     tensors = apply.form(spec, {"left": left, "right": right}, torch.float32)
     module = {"low_rank": LowRank, "pivot": Pivot}[format].build(spec, tensors, None)
     torch.testing.assert_close(module.dense(), left @ right, rtol=1e-4, atol=1e-5)

@@ -78,12 +78,15 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
 class Collector:
     """Watches one block through hooks; `mask` says which tokens of the running batch are real (None: all).
 
+    `sequences` is the number of them in it.
+
     Raises ValueError for sub-layer statistics of a block whose `o` and `down` outputs do not add up to its own.
     """
 
     def __init__(self, model: nn.Module, block: str, targets: Iterable[Target], wanted: Wanted, device: torch.device):
         self.model, self.block, self.wanted, self.device = model, block, wanted, device
         self.mask: Tensor | None = None
+        self.sequences = 1
         self.targets = list(targets)
         self.states: dict[tuple[str, Statistic], State] = {}
         self.handles: list[RemovableHandle] = []
@@ -126,10 +129,17 @@ class Collector:
             raise ValueError(f"{self.block}: {len(rows)} states for {len(keep)} tokens; padding cannot be excluded")
         return rows[keep.to(rows.device)]
 
+    def _by_sequence(self, state: Tensor) -> Iterator[Float[Tensor, "tokens width"]]:
+        """The states of the real tokens of each sequence of the batch."""
+        whole = state.detach().reshape(self.sequences, -1, state.shape[-1])
+        for i, rows in enumerate(whole):
+            yield rows if self.mask is None else rows[self.mask[i].to(rows.device)]
+
     def _on_input(self, key: str, statistic: Statistic, module: str) -> None:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            rows = self._real(args[0])
-            statistic.update(self._state(key, statistic, rows.shape[1]), rows)
+            width = args[0].shape[-1]
+            for rows in self._by_sequence(args[0]) if statistic.by_sequence else [self._real(args[0])]:
+                statistic.update(self._state(key, statistic, width), rows)
 
         self.handles.append(self._module(module).register_forward_pre_hook(hook))
 

@@ -46,7 +46,7 @@ def resident(
                 stack.enter_context(collector)
             for i, batch in enumerate(single):
                 for collector in collectors.values():
-                    collector.mask = batch.mask
+                    collector.mask, collector.sequences = batch.mask, len(batch.ids)
                 _pass(model, batch, backwards, i)
                 progress("calibrate", i + 1, len(single))
     finally:

@@ -16,9 +16,13 @@ Where = Literal["input", "block", "sublayer", "gradient"]
 
 @dataclass(frozen=True)
 class Statistic:
-    """One thing measured; `where`: at a linear's input, over a block, over its sub-layers, or on weight gradients."""
+    """One thing measured; `where`: at a linear's input, over a block, over its sub-layers, or on weight gradients.
+
+    by_sequence: `update` gets one calibration sequence at a time, in their order, not whatever ran at once.
+    """
 
     where: ClassVar[Where]
+    by_sequence: ClassVar[bool] = False
 
     @property
     def needs_gradient(self) -> bool:
@@ -74,7 +78,10 @@ class Norm(Statistic):
 
 @dataclass(frozen=True)
 class Cosine(Statistic):
-    """Mean cosine of the residual stream before and after a block, over tokens; one number."""
+    """Mean cosine of the residual stream before and after a block, over tokens; one number.
+
+    Tokens with a state of zeros, which has no direction, are left out.
+    """
 
     where: ClassVar[Where] = "block"
 
@@ -86,8 +93,9 @@ class Cosine(Statistic):
         """`values` are the states in order: before, (between,) after."""
         for i, (before, after) in enumerate(pairwise(values)):
             similarity = torch.nn.functional.cosine_similarity(before.double(), after.double(), dim=-1)
-            state["sum"][i] += similarity.sum()
-            state["tokens"][i] += similarity.numel()
+            known = (before != 0).any(-1) & (after != 0).any(-1)
+            state["sum"][i] += similarity[known].sum()
+            state["tokens"][i] += known.sum()
 
     def result(self, state: State) -> Float[Tensor, "steps"]:
         """Sums over counts."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from spectrim.calibrate.collect import BlockStatistics, Collector, Wanted, without_dropout
@@ -23,10 +24,12 @@ def streamed(
     wanted: Mapping[int, Wanted],
     device: torch.device,
     progress: Progress = silent,
+    sequential: bool = False,
 ) -> Iterator[tuple[int, BlockStatistics]]:
-    """Yield (block index, its statistics) for each block in `wanted`, while that block's weights are loaded.
+    """Yield (block index, its statistics) for each block up to the last in `wanted`, while its weights are loaded.
 
-    The hidden states of all batches are held on the CPU; blocks after the last wanted one are not run.
+    sequential: the states entering the next block are computed after the yield, with the modules that the caller may
+    have swapped into this one; they are taken out again. The hidden states of all batches are held on the CPU.
     Raises ValueError when a block's output is not finite.
     """
     needed = [index for index, of_block in wanted.items() if of_block]
@@ -38,19 +41,68 @@ def streamed(
     for index in range(total):
         prefix = structure.block(index)
         weights.load(prefix, device)
-        collector = Collector(weights.model, prefix, structure.of_block(index), wanted.get(index, Wanted()), device)
-        with torch.no_grad(), without_dropout(weights.model), collector:
-            for i, batch in enumerate(batches):
-                collector.mask = batch.mask
-                output = blocks.run(
-                    weights.model.get_submodule(prefix), states[i].to(device), _moved(calls[i][index], device)
-                )
-                if not torch.isfinite(output).all():
-                    raise ValueError(f"{prefix} gives values that are not finite on batch {i}: calibration stopped")
-                states[i] = output.cpu()
-                progress("calibrate", index * len(batches) + i + 1, total * len(batches))
+        of_block = wanted.get(index, Wanted())
+        collector = Collector(weights.model, prefix, structure.of_block(index), of_block, device)
+        walk = _Walk(weights.model, prefix, batches, [call[index] for call in calls], device)
+        if of_block or not sequential:
+            with collector:
+                walk.run(states, collector, replace=not sequential, progress=_offset(progress, index, total))
+        before = dict(weights.model.get_submodule(prefix).named_modules())
         yield index, collector.result()
+        if sequential and index + 1 < total:
+            walk.run(states)
+        if sequential:
+            _put_back(weights.model, prefix, before)
         weights.release(prefix)
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """One block and what it is called with, batch by batch."""
+
+    model: nn.Module
+    prefix: str
+    batches: Sequence[Batch]
+    calls: Sequence[Call]
+    device: torch.device
+
+    @torch.no_grad()
+    def run(
+        self,
+        states: list[Tensor],
+        collector: Collector | None = None,
+        replace: bool = True,
+        progress: Progress = silent,
+    ) -> None:
+        """Run all batches; replace: put the states leaving the block in the place of those entering it, on the CPU.
+
+        Raises ValueError when one is not finite.
+        """
+        with without_dropout(self.model):
+            block = self.model.get_submodule(self.prefix)
+            for i, (batch, call) in enumerate(zip(self.batches, self.calls, strict=True)):
+                if collector is not None:
+                    collector.mask, collector.sequences = batch.mask, len(batch.ids)
+                output = blocks.run(block, states[i].to(self.device), _moved(call, self.device))
+                if not torch.isfinite(output).all():
+                    raise ValueError(
+                        f"{self.prefix} gives values that are not finite on batch {i}: calibration stopped"
+                    )
+                if replace:
+                    states[i] = output.cpu()
+                progress("calibrate", i + 1, len(self.batches))
+
+
+def _offset(progress: Progress, index: int, blocks: int) -> Progress:
+    """Progress of one of several equal parts, as one of the whole."""
+    return lambda stage, done, total: progress(stage, index * total + done, blocks * total)
+
+
+def _put_back(model: nn.Module, prefix: str, before: Mapping[str, nn.Module]) -> None:
+    """The block's own modules again in the place of those swapped in."""
+    for name, module in before.items():
+        if name and model.get_submodule(f"{prefix}.{name}") is not module:
+            model.set_submodule(f"{prefix}.{name}", module)
 
 
 def _enter(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
@@ -61,10 +62,33 @@ def count(choice: Choice, target: Target) -> int:
     """Parameters of `target` as `choice` has it, new biases included; indices are not parameters."""
     total = 0
     for part in target.parts:
-        format = choice.formats[part.module]
-        total += part.parameters if format == "dense" else rank_cost(format, part, choice.counts["rank"])
-        total += part.out_features if choice.bias else 0
+        total += _module_cost(choice, part, *sizes(choice, target, part))
+        total += part.out_features if choice.bias and not part.bias else 0
     return total
+
+
+def sizes(choice: Choice, target: Target, part: Part) -> tuple[int, int]:
+    """(out, in) of one module under a choice: a pruned FFN has fewer rows, and fewer columns in its last module."""
+    channels = choice.counts.get("channel")
+    if channels is None:
+        return part.out_features, part.in_features
+    if part == target.parts[-1]:
+        return part.out_features, channels
+    return part.out_features // target.channels * channels, part.in_features
+
+
+def _module_cost(choice: Choice, part: Part, out_features: int, in_features: int) -> int:
+    format = choice.formats[part.module]
+    rank, columns = choice.counts.get("rank", 0), choice.counts.get("column", 0)
+    if format == "dense":
+        return out_features * in_features
+    if columns == 0:
+        return rank_cost("low_rank" if format == "low_rank_columns" else format, part, rank)
+    if format == "low_rank_columns":
+        return out_features * columns + rank * (out_features + in_features - columns)
+    if format == "pivot":
+        return out_features * (columns + rank) + rank * (in_features - columns - rank)
+    raise ValueError(f"format {format!r} of {part.module} has no kept columns")
 
 
 def allowed(targets: Sequence[Target], ratio: float) -> int:
@@ -76,98 +100,181 @@ def allowed(targets: Sequence[Target], ratio: float) -> int:
     return math.floor((1 - Fraction(ratio).limit_denominator(10**9)) * dense)
 
 
-def rank_plan(targets: Sequence[Target], ranks: Mapping[str, int | None], format: str, budget: int) -> Plan:
-    """The plan that gives each single-matrix target its rank (None: dense) in one format."""
+def rank_plan(
+    targets: Sequence[Target],
+    counts: Mapping[str, int | None],
+    format: str,
+    budget: int,
+    fixed: Mapping[str, int] | None = None,
+) -> Plan:
+    """The plan that gives each target its number of units (None: dense): rank in one format, channels of an FFN.
+
+    fixed: parameters of the bias that a target's method adds once it is not dense.
+    """
     choices, spent = {}, 0
     for target in targets:
-        rank = ranks[target.name]
-        if rank is None:
+        units = counts[target.name]
+        if units is None:
             spent += target.parameters
             continue
-        choices[target.name] = Choice({target.parts[0].module: format}, {"rank": rank})
+        kind, form = ("channel", "dense") if is_ffn(target) else ("rank", format)
+        formats = {part.module: form for part in target.parts}
+        choices[target.name] = Choice(formats, {kind: units}, bias=(fixed or {}).get(target.name, 0) > 0)
         spent += count(choices[target.name], target)
     assert spent <= budget, (spent, budget)
     return Plan(choices, budget, spent)
 
 
-def even_ranks(
-    targets: Sequence[Target], budget: int, format: str, multiple: int = 1, least: int = 1
-) -> dict[str, int | None]:
-    """Ranks that give every matrix the same share of its parameters, spending `budget` as far as units allow.
+def is_ffn(target: Target) -> bool:
+    """Whether a target is an FFN as a whole, whose units are channels."""
+    return target.role == "ffn"
 
-    Ranks are multiples of `multiple`, at least `least` of them (or `largest_rank`, where that is less); None means
-    dense, as a matrix stays that no rank makes smaller. Steps (one more unit, or the
-    last one to dense) are taken in the order of the share that they bring their matrix to, then by name: first all
-    that fit in that order, then, skipping what does not fit, whatever still does. So the budget is never exceeded,
-    what is left is less than a step, a larger budget never keeps less, and the order of `targets` does not matter.
+
+@dataclass(frozen=True)
+class _Scale:
+    """The sizes that one matrix can have, or several equal FFNs together, which keep one width."""
+
+    names: tuple[str, ...]
+    target: Target
+    format: str
+    multiple: int
+    least: int
+    fixed: int
+    weight: float
+
+    @property
+    def dense(self) -> int:
+        return len(self.names) * self.target.parameters
+
+    @property
+    def largest(self) -> int:
+        """The most units that are smaller than dense."""
+        if is_ffn(self.target):
+            return self.target.channels - 1
+        part = self.target.parts[0]
+        return rank_within(self.format, part, part.parameters - 1 - self.fixed)
+
+    @property
+    def floor(self) -> int:
+        return min(self.least * self.multiple, self.largest)
+
+    def cost(self, units: int | None) -> int:
+        if units is None:
+            return self.dense
+        if is_ffn(self.target):
+            return len(self.names) * units * (self.target.parameters // self.target.channels)
+        return self.fixed + rank_cost(self.format, self.target.parts[0], units)
+
+    def at_share(self, share: float) -> int | None:
+        """Units at a share of the parameters, times the target's weight; None: dense, at the whole of them."""
+        if math.isinf(self.weight) or share * self.weight >= 1:
+            return None
+        parameters = math.floor(share * self.weight * self.target.parameters)
+        if is_ffn(self.target):
+            units = min(parameters // (self.target.parameters // self.target.channels), self.largest)
+        else:
+            units = min(rank_within(self.format, self.target.parts[0], parameters - self.fixed), self.largest)
+        return max(units - units % self.multiple, self.floor) or None
+
+    def following(self, units: int) -> int | None:
+        following = units + self.multiple - units % self.multiple
+        return following if following <= self.largest else None
+
+
+def even_ranks(
+    targets: Sequence[Target],
+    budget: int,
+    format: str,
+    multiple: int = 1,
+    least: int = 1,
+    weights: Mapping[str, float] | None = None,
+    fixed: Mapping[str, int] | None = None,
+) -> dict[str, int | None]:
+    """Units that give every target the same share of its parameters, spending `budget` as far as units allow.
+
+    Units are ranks of a matrix, channels of an FFN; equal FFNs get equal widths. Numbers are multiples of `multiple`,
+    at least `least` of them (or the largest below dense, where that is less); None means dense, as a matrix stays that
+    no rank makes smaller. weights: shares by target name up to one common factor, which the budget decides; a share
+    of 1 or more is dense (`math.inf`: always). fixed: parameters of a bias that comes with every rank.
+    Steps (one more unit, or the last one to dense) are taken in the order of the share, over its weight, that they
+    bring their target to, then by name: first all that fit in that order, then, skipping what does not fit, whatever
+    still does. So the budget is never exceeded, what is left is less than a step, a larger budget never keeps less,
+    and the order of `targets` does not matter.
 
     Raises ValueError when the least ranks everywhere exceed the budget, with the largest ratio that is possible.
     """
-    parts = {target.name: target.parts[0] for target in sorted(targets, key=lambda t: t.name)}
-    floor = {name: min(least * multiple, largest_rank(format, part)) for name, part in parts.items()}
+    scales = _scales(targets, format, multiple, least, weights or {}, fixed or {})
 
-    def at_share(share: float) -> dict[str, int | None]:
-        return {name: _rank_at(format, part, share, multiple, floor[name]) for name, part in parts.items()}
+    def at_share(share: float) -> list[int | None]:
+        return [scale.at_share(share) for scale in scales]
 
-    def spent(ranks: Mapping[str, int | None]) -> int:
-        return sum(_cost_or_dense(format, parts[name], rank) for name, rank in ranks.items())
+    def spent(units: Sequence[int | None]) -> int:
+        return sum(scale.cost(count) for scale, count in zip(scales, units, strict=True))
 
-    lowest = spent(at_share(0.0))
+    _refuse_infeasible(spent(at_share(0.0)), sum(scale.dense for scale in scales), budget, least * multiple)
+    low, high = 0.0, 1 / min([scale.weight for scale in scales if scale.weight > 0], default=1.0)
+    units = at_share(high)
+    if spent(units) > budget:
+        for _ in range(80):
+            middle = (low + high) / 2
+            low, high = (middle, high) if spent(at_share(middle)) <= budget else (low, middle)
+        units = at_share(low)
+    _top_up(scales, units, budget - spent(units))
+    return {name: count for scale, count in zip(scales, units, strict=True) for name in scale.names}
+
+
+def _scales(
+    targets: Sequence[Target],
+    format: str,
+    multiple: int,
+    least: int,
+    weights: Mapping[str, float],
+    fixed: Mapping[str, int],
+) -> list[_Scale]:
+    """In order of names; FFNs of one shape and weight are one."""
+    equal: dict[object, list[Target]] = {}
+    for target in sorted(targets, key=lambda t: t.name):
+        weight = weights.get(target.name, 1.0)
+        if not weight >= 0:  # nor NaN
+            raise ValueError(f"the weight of {target.name} is {weight}: a share cannot be negative")
+        shape = tuple((part.out_features, part.in_features) for part in target.parts)
+        equal.setdefault((shape, weight) if is_ffn(target) else target.name, []).append(target)
+    return [
+        _Scale(
+            tuple(t.name for t in group), group[0], format, multiple, least,
+            fixed.get(group[0].name, 0), weights.get(group[0].name, 1.0),
+        )
+        for group in equal.values()
+    ]  # fmt: skip
+
+
+def _refuse_infeasible(lowest: int, dense: int, budget: int, units: int) -> None:
     if lowest > budget:
-        dense = sum(part.parameters for part in parts.values())
         largest = (dense - lowest) * 10**4 // dense / 10**4
         raise ValueError(
-            f"ratio too large: it leaves {budget:,} parameters, but rank {least * multiple} everywhere needs "
+            f"ratio too large: it leaves {budget:,} parameters, but rank {units} everywhere needs "
             f"{lowest:,} of {dense:,}; the largest possible ratio here is {largest}"
         )
 
-    low, high = 0.0, 1.0
-    ranks = at_share(high)
-    if spent(ranks) > budget:
-        for _ in range(60):
-            middle = (low + high) / 2
-            low, high = (middle, high) if spent(at_share(middle)) <= budget else (low, middle)
-        ranks = at_share(low)
-    return _top_up(parts, ranks, budget - spent(ranks), format, multiple)
 
+def _top_up(scales: Sequence[_Scale], units: list[int | None], remaining: int) -> None:
+    queue: list[tuple[float, str, int]] = []
 
-def _rank_at(format: str, part: Part, share: float, multiple: int, floor: int) -> int | None:
-    if share >= 1:
-        return None
-    rank = rank_within(format, part, math.floor(share * part.parameters))
-    return max(rank - rank % multiple, floor) or None
+    def offer(index: int) -> None:
+        scale, count = scales[index], units[index]
+        if count is not None and scale.weight > 0:
+            share = scale.cost(scale.following(count)) / scale.dense / scale.weight
+            heapq.heappush(queue, (share, scale.names[0], index))
 
-
-def _cost_or_dense(format: str, part: Part, rank: int | None) -> int:
-    return part.parameters if rank is None else rank_cost(format, part, rank)
-
-
-def _next_rank(format: str, part: Part, rank: int, multiple: int) -> int | None:
-    following = rank + multiple - rank % multiple
-    return following if following <= largest_rank(format, part) else None
-
-
-def _top_up(
-    parts: Mapping[str, Part], ranks: dict[str, int | None], remaining: int, format: str, multiple: int
-) -> dict[str, int | None]:
-    queue: list[tuple[float, str]] = []
-
-    def offer(name: str, rank: int | None) -> None:
-        if rank is not None:
-            part = parts[name]
-            share = _cost_or_dense(format, part, _next_rank(format, part, rank, multiple)) / part.parameters
-            heapq.heappush(queue, (share, name))
-
-    for name, rank in ranks.items():
-        offer(name, rank)
+    for index in range(len(scales)):
+        offer(index)
     while queue:
-        _, name = heapq.heappop(queue)
-        part, rank = parts[name], ranks[name]
-        assert rank is not None
-        following = _next_rank(format, part, rank, multiple)
-        step = _cost_or_dense(format, part, following) - _cost_or_dense(format, part, rank)
+        _, _, index = heapq.heappop(queue)
+        scale, count = scales[index], units[index]
+        assert count is not None
+        following = scale.following(count)
+        step = scale.cost(following) - scale.cost(count)
         if step <= remaining:
             remaining -= step
-            ranks[name] = following
-            offer(name, following)
-    return ranks
+            units[index] = following
+            offer(index)

@@ -166,3 +166,48 @@ def pivot_columns(
     basis = torch.linalg.qr(right.double().T)
     base, mix, order = pivot_rows(basis.Q, basis.R @ left.double().T, dtype)
     return base.T.contiguous(), mix.T.contiguous(), order
+
+
+def pseudo_inverse(matrix: Float[Tensor, "n n"], floor: float) -> Float[Tensor, "n n"]:
+    """The pseudo-inverse of a symmetric positive semidefinite matrix, each row and column first scaled to diagonal 1.
+
+    So a channel's size does not decide what counts as zero: eigenvalues of the scaled matrix up to `floor` times the
+    largest do. P = pseudo_inverse(H) is positive semidefinite, and P H P = P.
+    """
+    sizes = matrix.diagonal().clamp_min(0).sqrt()
+    scale = torch.where(sizes > 0, 1 / sizes, 0.0)
+    energies, vectors = torch.linalg.eigh(matrix * scale[:, None] * scale)
+    used = energies > floor * energies.amax().clamp_min(torch.finfo(energies.dtype).tiny)
+    half = scale[:, None] * vectors[:, used] / energies[used].sqrt()
+    return half @ half.T
+
+
+def energies_without(
+    weight: Float[Tensor, "out in"],
+    gram: Float[Tensor, "in in"],
+    moved: Float[Tensor, "in out"],
+    kept: Int[Tensor, "c"],
+    floor: float | None = None,
+) -> Float[Tensor, "out"]:
+    """Eigenvalues of W_S G_SS W_Sᵀ, best first, where S are the inputs that are not `kept`; moved = G Wᵀ.
+
+    The sum of all but the first r is the least Σ‖y − y′‖² at rank r on S with the kept columns exact. With a floor G_SS
+    is replaced by its Schur complement G_SS − G_SC G_CC⁺ G_CS (`pseudo_inverse` with that floor): the least error with
+    the kept columns refitted. Float64 in, no copy of G_SS: out² in + c·in·out multiplications, `eigvalsh` of out × out.
+    """
+    if len(kept) == 0:
+        return torch.linalg.eigvalsh(weight @ moved).flip(0).clamp_min(0)
+    rest = complement(kept, weight.shape[1])
+    removed = gram[:, kept] @ weight[:, kept].T
+    product = weight[:, rest] @ (moved - removed)[rest]
+    if floor is not None:
+        shared = (moved - removed)[kept]
+        product = product - shared.T @ pseudo_inverse(gram[kept][:, kept], floor) @ shared
+    return torch.linalg.eigvalsh(product).flip(0).clamp_min(0)
+
+
+def complement(chosen: Int[Tensor, "c"], size: int) -> Int[Tensor, "rest"]:
+    """The indices below `size` that are not chosen, ascending."""
+    free = torch.ones(size, dtype=torch.bool, device=chosen.device)
+    free[chosen] = False
+    return free.nonzero().flatten()

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-Kind = Literal["rank", "channel", "head", "entry"]
+Kind = Literal["rank", "column", "channel", "head", "entry"]
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,14 @@ class Part:
     """One weight matrix: `module` computes y = W x with W of out_features × in_features.
 
     `input` is the key of the activation it reads: parts with one key read the same tensor, so share statistics.
+    `bias` says whether the module has one.
     """
 
     module: str
     out_features: int
     in_features: int
     input: str
+    bias: bool = False
 
     @property
     def parameters(self) -> int:
@@ -34,7 +36,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Target:
-    """Something that can be compressed: one matrix, or several that shrink together; `blocks` are their indices."""
+    """Something that can be compressed: one matrix, or several that shrink together; `blocks` are their indices.
+
+    An FFN as a whole (role `ffn`) has the matrix that reads its channels last, those that make them before it.
+    """
 
     name: str
     role: str
@@ -45,6 +50,11 @@ class Target:
     def parameters(self) -> int:
         """Entries of the dense matrices of all parts."""
         return sum(part.parameters for part in self.parts)
+
+    @property
+    def channels(self) -> int:
+        """The width of an FFN: inputs of its last matrix."""
+        return self.parts[-1].in_features
 
 
 @dataclass(frozen=True)
@@ -72,13 +82,15 @@ class Units:
 class Choice:
     """What one target becomes: the format of each of its modules, and how many units of each kind stay.
 
-    `bias` says that the modules get a bias which the dense ones lacked.
+    `bias` says that its modules have a bias, where the dense ones may have lacked it. `keep` lists, by kind, which
+    units stay where that does not follow from their number.
     """
 
     formats: Mapping[str, str]
     counts: Mapping[str, int]
     error: float | None = None
     bias: bool = False
+    keep: Mapping[str, tuple[int, ...]] | None = None
 
 
 def balance(
@@ -91,6 +103,8 @@ def balance(
 
 
 Tensors = Callable[[], Mapping[str, Tensor]]
+# By module, then by statistic.
+Measured = Callable[[], Mapping[str, Mapping[Any, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -98,7 +112,9 @@ class Candidate:
     """What is possible for one target: an ordered list of units, and readers of the tensors behind them.
 
     `tensors()` holds what the method keeps (for rank units `left`, out × n orthonormal columns, best first, and
-    `right` only where it is not leftᵀ W); `weights()` the dense matrices by module name. Both are read when asked.
+    `right` only where it is not leftᵀ W); `weights()` the dense matrices by module name, out × in; `statistics()`
+    those that the method says it keeps. All are read when asked. fixed_cost: parameters at no units at all (of a bias
+    that the dense module lacked).
     """
 
     target: Target
@@ -107,6 +123,7 @@ class Candidate:
     weights: Tensors
     format: str = "low_rank"
     fixed_cost: int = 0
+    statistics: Measured = dict
 
     @property
     def rank_units(self) -> Units:
@@ -119,14 +136,24 @@ class Candidate:
         spent = self.fixed_cost + torch.cumsum(units.costs, 0)
         count = int((spent <= parameters).sum())
         error = None if units.errors is None else float(units.errors[count:].sum())
-        return Choice({part.module: self.format for part in self.target.parts}, {units.kind: count}, error)
+        formats = {part.module: self.format for part in self.target.parts}
+        return Choice(formats, {units.kind: count}, error, bias=self.fixed_cost > 0)
+
+    def settle(self, choice: Choice) -> Choice:
+        """The best choice known that has no more parameters than `choice`; here itself."""
+        return choice
 
     def fit(self, parameters: int) -> Choice:
-        """The best choice known for `parameters`; here the same as `first`."""
-        return self.first(parameters)
+        """The best choice known for `parameters`."""
+        return self.settle(self.first(parameters))
 
     def cut(self, choice: Choice) -> dict[str, dict[str, Tensor]]:
-        """Tensors of each module at `choice`: `left` out × r and `right` r × in, each direction's norm split evenly."""
+        """Tensors of each module at `choice`, by what its format is made of.
+
+        low_rank and pivot: `left` out × r and `right` r × in, each direction's norm split evenly. Kept columns:
+        `right` r × (in − c) over the other inputs in rising order, `columns` c and `kept` out × c. dense: `weight`,
+        and `rows`, the outputs that stay, if not all do. Any may have `offset` out, which is added to the bias.
+        """
         (part,) = self.target.parts
         tensors, rank = self.tensors(), choice.counts["rank"]
         left = tensors["left"][:, :rank]
@@ -164,12 +191,18 @@ class Plan:
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Plan:
         """Inverse of `to_json`."""
-        choices = {name: Choice(**choice) for name, choice in data["choices"].items()}
+        choices = {name: choice_from_json(choice) for name, choice in data["choices"].items()}
         return Plan(choices, data["budget"], data["spent"], tuple(data["notes"]))
 
     def dumps(self) -> str:
         """The plan as text."""
         return json.dumps(self.to_json(), indent=1)
+
+
+def choice_from_json(data: Mapping[str, Any]) -> Choice:
+    """A choice of its JSON data."""
+    keep = data["keep"]
+    return Choice(**{**data, "keep": None if keep is None else {kind: tuple(kept) for kind, kept in keep.items()}})
 
 
 def merge(plans: list[Plan]) -> Plan:

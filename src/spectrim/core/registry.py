@@ -4,39 +4,127 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, fields
 from importlib.metadata import entry_points
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from spectrim.core.plan import Candidate, Plan, Target
+from spectrim.core.plan import Candidate, Choice, Measured, Plan, Target, Tensors, Units
+from spectrim.core.progress import Progress, silent
 
 # Statistic objects live in calibrate.statistics; core only passes them on.
 Statistics = Mapping[Any, Tensor]
 
 
+Sees = Literal["shapes", "units", "model"]
+
+
 @runtime_checkable
 class Decomposer(Protocol):
-    """Turns a target's weights and statistics into a Candidate. A frozen dataclass: its fields are its settings."""
+    """Turns a target's weights and statistics into a Candidate. A frozen dataclass: its fields are its settings.
+
+    A class that names this one as its base has the defaults below.
+    """
 
     @property
     def needs(self) -> tuple[Any, ...]:
         """The statistics wanted; nothing else is collected."""
-        ...
+        return ()
+
+    @property
+    def keeps(self) -> tuple[Any, ...]:
+        """Those of them that its candidates read after the block is gone."""
+        return ()
+
+    @property
+    def first_like(self) -> str:
+        """What decides its candidates' first choices: what allocators remember of these serves all methods alike."""
+        return f"{type(self).__module__}.{self!r}"
+
+    @property
+    def whole(self) -> bool:
+        """Whether it works on FFNs as wholes (role `ffn`), not on single matrices."""
+        return False
+
+    @property
+    def adds_bias(self) -> bool:
+        """Whether what it makes of a module has a bias, also where the dense one lacks it."""
+        return False
 
     def decompose(self, target: Target, weights: Mapping[str, Tensor], stats: Mapping[str, Statistics]) -> Candidate:
         """The candidate of one target; `weights` and `stats` are keyed by the parts' modules."""
         ...
+
+    def restore(
+        self, target: Target, units: tuple[Units, ...], tensors: Tensors, weights: Tensors, statistics: Measured
+    ) -> Candidate:
+        """The candidate again, of what the store kept of it."""
+        return Candidate(target, units, tensors, weights, statistics=statistics)
+
+
+@runtime_checkable
+class Live(Protocol):
+    """The model in memory, for allocators that try plans on it. Windows are those of calibration, in batches."""
+
+    @property
+    def blocks(self) -> int:
+        """Their number."""
+        ...
+
+    def batches(self, sequences: int | None = None, length: int | None = None) -> list[Int[Tensor, "batch length"]]:
+        """The first windows, cut to a length (None: all, whole); all there are where fewer or shorter."""
+        ...
+
+    def enter(self, ids: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length hidden"]:
+        """The hidden state entering the first block."""
+        ...
+
+    def run(
+        self, ids: Int[Tensor, "batch length"], state: Float[Tensor, "batch length hidden"], start: int, stop: int
+    ) -> Float[Tensor, "batch length hidden"]:
+        """The state entering block `stop` from the one entering block `start`, with what is installed."""
+        ...
+
+    def logits(
+        self, ids: Int[Tensor, "batch length"], state: Float[Tensor, "batch length hidden"]
+    ) -> Float[Tensor, "batch length vocabulary"]:
+        """What follows the blocks, from the state leaving the last one."""
+        ...
+
+    def installed(self, plan: Plan) -> AbstractContextManager[None]:
+        """The model with a plan in it, also of a few targets; afterwards bit for bit as before. It nests."""
+        ...
+
+    def built(self, target: str, choice: Choice) -> Mapping[str, Any]:
+        """The modules that a choice makes of a target, by name."""
+        ...
+
+    def swapped(self, modules: Mapping[str, Any]) -> AbstractContextManager[None]:
+        """The model with built modules in it, as `installed`."""
+        ...
+
+
+# remember(name, fields, make): tensors kept in the work directory under these fields and all that the problem comes
+# from but its budget; made now if they are not there.
+Remember = Callable[[str, Mapping[str, Any], Callable[[], Mapping[str, Tensor]]], Mapping[str, Tensor]]
+
+
+def forgetful(name: str, fields: Mapping[str, Any], make: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+    """A `remember` without a work directory."""
+    return make()
 
 
 @dataclass(frozen=True)
 class Problem:
     """All that an allocator may see.
 
-    budget: parameters that may be kept over `targets`; format: the module format of rank units; candidates (by target)
-    and statistics (by index of the block) only for an allocator whose `sees` is "units".
+    budget: parameters that may be kept over `targets`; format: the module format of rank units; fixed: by target,
+    parameters of a bias that its method adds once it is not dense. candidates (by target) and statistics (by index of
+    the block) only for an allocator whose `sees` is "units" or "model", live only for "model".
     """
 
     targets: Sequence[Target]
@@ -45,6 +133,15 @@ class Problem:
     generator: torch.Generator
     candidates: Mapping[str, Candidate] | None = None
     statistics: Mapping[int, Statistics] | None = None
+    live: Live | None = None
+    remember: Remember = forgetful
+    progress: Progress = silent
+    fixed: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def dense(self) -> int:
+        """Parameters of all targets."""
+        return sum(target.parameters for target in self.targets)
 
 
 @runtime_checkable
@@ -53,11 +150,11 @@ class Allocator(Protocol):
 
     @property
     def needs(self) -> tuple[Any, ...]:
-        """The statistics wanted."""
+        """The statistics wanted, of blocks."""
         ...
 
     @property
-    def sees(self) -> Literal["shapes", "units"]:
+    def sees(self) -> Sees:
         """What of the problem it reads: an allocator of shapes plans before anything heavy runs."""
         ...
 
@@ -131,7 +228,7 @@ def build(kind: str, table: Mapping[str, type[Any]], name: str, settings: Mappin
     """
     if name not in table:
         raise ValueError(f"unknown {kind} {name!r}: {nearest(name, table.keys())}")
-    known = [field.name for field in fields(table[name])]
+    known = [setting.name for setting in fields(table[name])]
     for setting in settings:
         if setting not in known:
             raise ValueError(f"{kind} {name!r} has no setting {setting!r}: {nearest(setting, known)}")

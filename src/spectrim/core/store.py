@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 # Part of every key: raise it when the meaning of a stored artifact changes.
-STORE_VERSION = 1
+STORE_VERSION = 2
 
 
 class StoreError(Exception):
@@ -88,16 +88,24 @@ class Store:
                 "finished work is kept"
             ) from error
 
-    def load(self, kind: str, fields: Mapping[str, Any], names: tuple[str, ...] | None = None) -> dict[str, Tensor]:
-        """The stored tensors, or those of `names` that are there. Raises StoreError if they cannot be read."""
+    def load(self, kind: str, fields: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
+        """The stored tensors, those whose names begin with `prefix`. Raises StoreError if they cannot be read."""
         path = self.path(kind, fields, "safetensors")
         try:
             with safe_open(path, framework="pt") as file:
                 known = list(file.keys())
-                return {name: file.get_tensor(name) for name in known if names is None or name in names}
+                return {name: file.get_tensor(name) for name in known if name.startswith(prefix)}
         except (OSError, SafetensorError) as error:
             raise StoreError(f"{path} cannot be read ({error}); delete it and run again") from error
 
     def save_json(self, kind: str, fields: Mapping[str, Any], data: Any) -> None:
         """Store JSON data under what made it."""
         self._write(self.path(kind, fields, "json"), lambda path: _dump(path, data))
+
+    def load_json(self, kind: str, fields: Mapping[str, Any]) -> Any:
+        """The stored JSON data. Raises StoreError if it cannot be read."""
+        path = self.path(kind, fields, "json")
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise StoreError(f"{path} cannot be read ({error}); delete it and run again") from error

@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -32,11 +32,11 @@ from spectrim.calibrate.statistics import FisherColumns, Gram, Norm, Statistic
 from spectrim.core import budget
 from spectrim.core.linalg import Metric, directions
 from spectrim.core.plan import Candidate, Plan, Target, Units
-from spectrim.core.registry import Problem, Statistics, allocator, decomposer
+from spectrim.core.registry import Decomposer, Problem, Sees, Statistics, allocator, decomposer
 
 
 @dataclass(frozen=True)
-class MetricSVD:
+class MetricSVD(Decomposer):
     """Low rank in a metric on the inputs; subclasses say which."""
 
     @property
@@ -154,11 +154,11 @@ class WhitenedSVD(MetricSVD):
 @allocator("uniform")
 @dataclass(frozen=True)
 class Uniform:
-    """The same share of parameters for every matrix, ranks a multiple of `multiple`, the rest of the budget spent."""
+    """The same share of parameters for every target, units a multiple of `multiple`, the rest of the budget spent."""
 
     multiple: int = 1
     needs = ()
-    sees: ClassVar[Literal["shapes", "units"]] = "shapes"  # not a field: no setting
+    sees: ClassVar[Sees] = "shapes"  # not a field: no setting
 
     def __post_init__(self) -> None:
         if self.multiple < 1:
@@ -171,5 +171,5 @@ class Uniform:
 
     def allocate(self, problem: Problem) -> Plan:
         """See `budget.even_ranks`. Raises ValueError when rank 1 everywhere exceeds the budget."""
-        ranks = budget.even_ranks(problem.targets, problem.budget, problem.format, self.multiple)
-        return budget.rank_plan(problem.targets, ranks, problem.format, problem.budget)
+        units = budget.even_ranks(problem.targets, problem.budget, problem.format, self.multiple, fixed=problem.fixed)
+        return budget.rank_plan(problem.targets, units, problem.format, problem.budget, problem.fixed)

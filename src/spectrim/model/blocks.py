@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from transformers import PreTrainedModel
 
+from spectrim.core.plan import Target
 from spectrim.model.targets import Structure
 
 logger = logging.getLogger(__name__)
@@ -124,6 +125,41 @@ def _record(model: PreTrainedModel, structure: Structure, inputs: dict[str, Any]
     )
 
 
+@torch.no_grad()
+def finish(
+    model: PreTrainedModel,
+    structure: Structure,
+    ids: Int[Tensor, "batch length"],
+    state: Float[Tensor, "batch length hidden"],
+) -> Float[Tensor, "batch length vocabulary"]:
+    """The logits from the state leaving the last block: the model's own forward pass with blocks that only hand it on.
+
+    Each stands for its block in the kind of answer too, a tensor or a tuple: callers do not take the one for the other.
+    """
+    originals = list(model.get_submodule(structure.blocks).children())
+    tupled = _answers_tuple(model, structure, ids[:1, :1])
+    with _replaced(model, structure.blocks, [_Injector(block, state, tupled) for block in originals]):
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits
+
+
+class _Injector(_Recorder):
+    """Stands for a block: answers with one state, whatever comes in."""
+
+    def __init__(self, block: nn.Module, state: Tensor, tupled: bool):
+        super().__init__(block, lambda state, call: None)
+        self._answer = (state,) if tupled else state
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._answer
+
+
+def _answers_tuple(model: PreTrainedModel, structure: Structure, ids: Int[Tensor, "1 1"]) -> bool:
+    state, calls = record(model, structure, Batch(ids))
+    output = model.get_submodule(structure.block(0))(state, *calls[0].args, **calls[0].kwargs)
+    return isinstance(output, (tuple, list))
+
+
 def deduplicated(calls: list[Call], known: list[Call] | None) -> list[Call]:
     """`calls`, with every tensor that equals its counterpart in `known` replaced by that one, to hold it once."""
     if known is None:
@@ -159,11 +195,13 @@ def share_inputs(model: PreTrainedModel, structure: Structure) -> Structure:
     for index, call in enumerate(calls):
         names = {t.parts[0].module for t in structure.of_block(index)}
         keys |= _keys_of_block(copied, structure.block(index), names, state.to("meta"), _to_meta(call))
-    targets = tuple(
-        replace(t, parts=tuple(replace(p, input=keys.get(p.module, p.module)) for p in t.parts))
-        for t in structure.targets
+    return replace(structure, targets=_keyed(structure.targets, keys), ffns=_keyed(structure.ffns, keys))
+
+
+def _keyed(targets: Sequence[Target], keys: Mapping[str, str]) -> tuple[Target, ...]:
+    return tuple(
+        replace(t, parts=tuple(replace(p, input=keys.get(p.module, p.module)) for p in t.parts)) for t in targets
     )
-    return replace(structure, targets=targets)
 
 
 def _weightless(model: PreTrainedModel, structure: Structure) -> PreTrainedModel:

@@ -25,6 +25,7 @@ from spectrim.model import modules
 from spectrim.model.checkpoint import skeleton
 from spectrim.model.files import DTYPES, config_json, read_config, weight_files
 from spectrim.model.loading import CODE_FILE, Layout, read_layout
+from spectrim.model.native import changed, shape_of
 from spectrim.model.quantizer import CODE_MODULE
 from spectrim.model.writer import Item, new_directory, refuse_filled, write_shards
 
@@ -167,7 +168,7 @@ class _Fold:
         except ValueError as error:
             raise ValueError(f"module {name!r}: {error}") from error
         bias = weight.new_zeros(spec["out"]) if bias is None else bias
-        rows, width = _shape(self.model, name)
+        rows, width = shape_of(self.model, name)
         if rows > spec["out"]:
             pieces = self._pieces(name, rows)
             weight, bias = _filled(weight, rows, pieces), _filled(bias, rows, pieces)
@@ -177,7 +178,7 @@ class _Fold:
         """Return of how many equal slices a layer's lost rows are: 2 where gate and up are fused, else 1."""
         given = self.layout[name]["out"]
         for other, spec in self.layout.items():
-            width = _shape(self.model, other)[1]
+            width = shape_of(self.model, other)[1]
             reads = other.rpartition(".")[0] == name.rpartition(".")[0] and spec["in"] < width
             if reads and given % spec["in"] == 0 and rows == width * (given // spec["in"]):
                 return int(given // spec["in"])
@@ -191,8 +192,8 @@ def _dense_model(config: PretrainedConfig, layout: Layout) -> tuple[dict[str, An
     """Return a dense skeleton the folded weights go into, and how its config differs from the one given."""
     first = skeleton(config, torch.float32)
     modules.swap(copy.deepcopy(first), layout)
-    resized = any(_shape(first, name) != (spec["out"], spec["in"]) for name, spec in layout.items())
-    widths = {(_shape(first, name)[1], spec["in"]) for name, spec in layout.items()}
+    resized = any(shape_of(first, name) != (spec["out"], spec["in"]) for name, spec in layout.items())
+    widths = {(shape_of(first, name)[1], spec["in"]) for name, spec in layout.items()}
     lost = [pair for pair in widths if pair[1] < pair[0]]
     keys = config.to_dict()
     narrower = [{key: lost[0][1]} for key, value in keys.items() if len(lost) == 1 and value == lost[0][0]]
@@ -202,29 +203,18 @@ def _dense_model(config: PretrainedConfig, layout: Layout) -> tuple[dict[str, An
         biased = [*({key: True} for key in flags), dict.fromkeys(flags, True)]
     # First what gives the very shapes of the compressed model, then what leaves a gap to fill.
     for width, bias in [*product(narrower, biased), *product([{}], biased)]:
-        model = _changed(config, {**width, **bias}) if width or bias else first
+        model = changed(config, {**width, **bias}) if width or bias else first
         if model is not None and _holds(model, first, layout, exact=bool(width) or not resized):
             return {**width, **bias}, model
     names = sorted(name for name, spec in layout.items() if spec["bias"] and first.get_submodule(name).bias is None)
     raise ValueError(f"{config.model_type} has no place for the bias of {names[:3]} ({len(names)} modules)")
 
 
-def _changed(config: PretrainedConfig, changes: Mapping[str, Any]) -> PreTrainedModel | None:
-    try:
-        changed = copy.deepcopy(config)
-        for key, value in changes.items():
-            setattr(changed, key, value)
-        return skeleton(changed, torch.float32)
-    except (ValueError, TypeError, RuntimeError) as error:
-        logger.debug("no model has %s: %s", dict(changes), error)
-        return None
-
-
 def _holds(model: PreTrainedModel, first: PreTrainedModel, layout: Layout, exact: bool) -> bool:
     """Return whether a skeleton has the layout's shapes (or the first one's), its biases, and else the first one's."""
     for name, spec in layout.items():
-        wanted = (spec["out"], spec["in"]) if exact else _shape(first, name)
-        if _shape(model, name) != wanted or (spec["bias"] and model.get_submodule(name).bias is None):
+        wanted = (spec["out"], spec["in"]) if exact else shape_of(first, name)
+        if shape_of(model, name) != wanted or (spec["bias"] and model.get_submodule(name).bias is None):
             return False
     before = {name: parameter.shape for name, parameter in first.named_parameters()}
     after = {name: parameter.shape for name, parameter in model.named_parameters()}
@@ -232,12 +222,6 @@ def _holds(model: PreTrainedModel, first: PreTrainedModel, layout: Layout, exact
     return all(before[name] == after.get(name) for name in before if name not in replaced) and all(
         name in before or name.endswith(".bias") for name in after
     )
-
-
-def _shape(model: PreTrainedModel, name: str) -> tuple[int, int]:
-    module = model.get_submodule(name)
-    rows, width = module.get_parameter("weight").shape
-    return (width, rows) if modules.is_transposed(module) else (rows, width)
 
 
 def _filled(tensor: Shaped[Tensor, "out *in"], rows: int, pieces: int) -> Shaped[Tensor, "rows *in"]:

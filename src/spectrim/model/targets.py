@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -50,12 +51,16 @@ ROLES = {
 
 @dataclass(frozen=True)
 class Structure:
-    """What was found: the name of the list of blocks, their number, the targets, and what is left dense and why."""
+    """What was found: the name of the list of blocks, their number, the targets, and what is left dense and why.
+
+    targets: one for each matrix; ffns: those of them that form an FFN, once more as wholes (role `ffn`).
+    """
 
     blocks: str
     count: int
     targets: tuple[Target, ...]
     notes: tuple[str, ...]
+    ffns: tuple[Target, ...] = ()
 
     def block(self, index: int) -> str:
         """Module name of a block."""
@@ -64,6 +69,10 @@ class Structure:
     def of_block(self, index: int) -> list[Target]:
         """The targets in a block."""
         return [target for target in self.targets if index in target.blocks]
+
+    def named(self, name: str) -> Target:
+        """The target of that name, a matrix or an FFN."""
+        return next(target for target in (*self.targets, *self.ffns) if target.name == name)
 
 
 def role_of(name: str) -> str:
@@ -120,9 +129,27 @@ def find(model: PreTrainedModel) -> Structure:
             elif out_features + in_features >= out_features * in_features:
                 notes.append(f"{full}: {out_features} × {in_features} is too small to compress")
             else:
-                part = Part(full, out_features, in_features, full)
+                part = Part(full, out_features, in_features, full, module.bias is not None)
                 targets.append(Target(full, role_of(name), (index,), (part,)))
-    return Structure(blocks, len(block_list), tuple(targets), tuple(notes))
+    ffns = [ffn for index in range(len(block_list)) for ffn in _ffns(f"{blocks}.{index}", targets)]
+    return Structure(blocks, len(block_list), tuple(targets), tuple(notes), tuple(ffns))
+
+
+def _ffns(block: str, targets: Sequence[Target]) -> Iterator[Target]:
+    """The FFN of a block as a whole: the one matrix of role `down`, and before it those that make what it reads."""
+    inside = [target for target in targets if target.name.startswith(f"{block}.")]
+    readers = [target.parts[0] for target in inside if target.role == "down"]
+    makers = [target.parts[0] for target in inside if target.role in ("gate", "up", "gate_up")]
+    if len(readers) != 1 or not makers:
+        return
+    width = readers[0].in_features
+    if sum(part.out_features for part in makers) not in (width, 2 * width):
+        return
+    parts = (*makers, readers[0])
+    parents = [part.module.split(".")[:-1] for part in parts]
+    common = [steps[0] for steps in zip(*parents, strict=False) if len(set(steps)) == 1]
+    name = ".".join(common) if len(common) > len(block.split(".")) else f"{block}.ffn"
+    yield Target(name, "ffn", inside[0].blocks, parts)
 
 
 def _expert_parts(block: nn.Module) -> set[str]:
