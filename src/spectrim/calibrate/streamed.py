@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from spectrim.calibrate.collect import BlockStatistics, Collector, Wanted, without_dropout
+from spectrim.core import heap
 from spectrim.core.progress import Progress, silent
 from spectrim.model import blocks
 from spectrim.model.blocks import Batch, Call
@@ -40,6 +41,7 @@ def streamed(
     total = max(needed) + 1
     for index in range(total):
         prefix = structure.block(index)
+        heap.give_back()
         weights.load(prefix, device)
         of_block = wanted.get(index, Wanted())
         collector = Collector(weights.model, prefix, structure.of_block(index), of_block, device)
