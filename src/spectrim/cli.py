@@ -161,12 +161,14 @@ def _print_result(result: Any) -> None:
 
 
 def _grouped(notes: Any) -> list[str]:
-    """Notes with one reason a line, and how many modules it holds for."""
+    """Notes with one reason a line, and how many modules it holds for; a note that stands alone as it is."""
     reasons: dict[str, list[str]] = {}
     for note in notes:
-        name, _, reason = note.partition(": ")
-        reasons.setdefault(reason, []).append(name)
-    return [f"{reason}: {len(names)} modules, such as {names[0]}" for reason, names in reasons.items()]
+        reasons.setdefault(note.partition(": ")[2], []).append(note)
+    return [
+        own[0] if len(own) == 1 else f"{reason}: {len(own)} modules, such as {own[0].partition(': ')[0]}"
+        for reason, own in reasons.items()
+    ]
 
 
 @app.command()

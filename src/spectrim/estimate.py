@@ -75,7 +75,7 @@ def estimate(model: str | Path, recipe: Recipe, device: str = "cpu", trust_remot
     }
     disk = {
         "output": int(totals["total_after"] * checkpoint.stored_dtype.itemsize),
-        "work": sum(_stored_bytes(job.format, t) for job in jobs for t in job.targets),
+        "work": sum(_stored_bytes(job.format, t) for job in jobs for t in job.targets) + _kept_bytes(jobs),
     }
     return Estimate(structure, jobs, plan, totals, _memory(checkpoint, structure, recipe, jobs), disk)
 
@@ -90,6 +90,18 @@ def _stored_bytes(format: str, target: Target) -> int:
     (part,) = target.parts
     smaller = min(part.out_features, part.in_features)
     return 4 * part.out_features * min(smaller, budget.largest_rank(format, part)) + 16 * smaller
+
+
+def _kept_bytes(jobs: Sequence[Job]) -> int:
+    """Statistics that candidates still read after their block is gone, in float64: Grams, one a distinct input."""
+    widths = {
+        (part.input, statistic): part.in_features
+        for job in jobs
+        for target in job.targets
+        for part in target.parts
+        for statistic in job.decomposers[target.name].keeps
+    }
+    return 8 * sum(width**2 for width in widths.values())
 
 
 def _memory(
@@ -108,6 +120,9 @@ def _memory(
     inputs = {p.input: p.in_features for t in structure.of_block(0) for p in t.parts}
     widest = max(p.in_features + p.out_features for t in structure.of_block(0) for p in t.parts)
     factorisation = {"factorisation": max(_workspace(p) for t in structure.of_block(0) for p in t.parts)}
+    resident = sum(p.numel() for p in model.parameters()) * size
+    if any(job.allocator.sees == "model" for job in jobs):  # the model, and what is put into it
+        factorisation |= {"model": 2 * resident}
     if not any(d.needs for job in jobs for d in job.decomposers.values()):
         return factorisation | {"imports": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
     return factorisation | {

@@ -97,8 +97,6 @@ class Run:
         self.store.save_json("plan", key, plan.to_json())
         return plan, candidates
 
-    # --- candidates ---
-
     def _key(self, target: Target, upstream: str | None = None) -> dict[str, Any]:
         """What made a candidate: not the ratio, nor the allocator, but for the plan of the blocks before it."""
         decomposer = self.decomposers[target.name]
@@ -237,8 +235,6 @@ class Run:
         format = self.formats[target.name]
         return candidate.priced(format, budget.unit_cost(format, target.parts[0]))
 
-    # --- the plan ---
-
     def _allocate(self, job: Job, candidates: Mapping[str, Candidate], live: _Lazily) -> Plan:
         """The plan of a job whose allocator reads candidates, statistics of the blocks, or the model itself."""
         measured = {
@@ -305,8 +301,6 @@ class Run:
         )
         assert spent <= plan.spent, (spent, plan.spent)
         return replace(plan, choices=choices, spent=spent)
-
-    # --- the second pass ---
 
     def second_pass(self, plan: Plan) -> tuple[Plan, dict[str, Candidate]]:
         """Each block decomposed at its planned size, from inputs that went through the compressed blocks before it.

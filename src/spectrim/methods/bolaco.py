@@ -52,9 +52,6 @@ ATTENTION = ("q+k", "o")  # numbers that start at half
 _CHUNK = 2**24  # logits turned into log-probabilities at a time
 
 
-# --- statistics ---
-
-
 @dataclass(frozen=True)
 class _Pooled(Statistic):
     """A mean over groups of `group` sequences; one of fewer than 2 tokens has no covariance and is left out."""
@@ -133,9 +130,6 @@ class PooledCovariance(_Pooled):
         return state["scatter"] / (state["tokens"] - 1)
 
 
-# --- decomposer ---
-
-
 @dataclass(frozen=True)
 class OffsetCandidate(Candidate):
     """Rank units with a bias that keeps the mean output at every rank; `tensors()` has that mean too: `output_mean`."""
@@ -184,9 +178,6 @@ class PooledCovarianceSVD(Decomposer):
         """The candidate, with the cost of its bias where the dense module has none."""
         fixed = sum(part.out_features for part in target.parts if not part.bias)
         return OffsetCandidate(target, units, tensors, weights, fixed_cost=fixed, statistics=statistics)
-
-
-# --- allocator ---
 
 
 @allocator("bayesian")
@@ -281,8 +272,8 @@ class Bayesian:
         """Equal shares; and, as published, half for attention and the kept share for the FFN."""
         kept = max(self.lowest, space.problem.budget / space.problem.dense)
         half = dict.fromkeys(ATTENTION, max(self.lowest, 0.5))
-        even = dict.fromkeys(space.numbers, kept)
         split = {name: half.get(name.partition("/")[0], kept) for name in space.numbers}
+        even = dict.fromkeys(space.numbers, kept)
         return [even] if even == split else [even, split]
 
     def _drawn(self, space: Space, count: int, seed: int) -> list[dict[str, float]]:
@@ -295,6 +286,9 @@ class Bayesian:
         """Which calibration windows validate."""
         if not self.pool:
             return list(range(sum(map(len, live.batches(self.sequences)))))
+        available = sum(map(len, live.batches()))
+        if self.pool > available:
+            raise ValueError(f"pool is {self.pool}, but calibration has {available} windows: raise calibrate.sequences")
         measured, found = _Measured(problem, live, list(range(self.pool))), []
         for i, shares in enumerate(self._drawn(space, self.trials, seed)):
             perplexities = measured(space.plan(shares))["loss"].exp()
