@@ -21,12 +21,15 @@ from spectrim.calibrate.statistics import Cosine
 from spectrim.core import budget, spend
 from spectrim.core.plan import Candidate, Part, Target, Units
 from spectrim.core.registry import Problem
+from spectrim.methods.duo_svd import search
 from spectrim.methods.unirank import UniRank
 
 BLOCKS, ROLES, WIDTH, SIZES = 32, ("q", "k", "v", "o", "gate", "up", "down"), 4096, 11
 RATIO, GAP = 0.4, 1e-4
 REPEATS = 7
+CURVES = 101
 OVER_SORT = Bound("at most", 10.0)
+EVALUATIONS = Bound("at most", 18.0)
 
 
 def problem(blocks: int, width: int, format: str = "low_rank") -> Problem:
@@ -100,8 +103,22 @@ def knapsack(entries: int, width: int, sizes: int, repeats: int) -> Case:
     return Case(name, tuple(seconds), 1, unit="seconds", details={"unspent": unspent})
 
 
+def column_search(rank: int, curves: int) -> Case:
+    """Errors asked for when columns are weighed against ranks, over curves whose least point lies everywhere."""
+    asked = []
+    for i in range(curves):
+        best = rank * i / max(1, curves - 1)
+        # giving up nothing is the error of the rank itself, which is known
+        asked.append(float(len(search(rank, partial(_away, best)).keys() - {0})))
+    return Case(f"column search at rank {rank}, evaluations", tuple(asked), 1, unit="evaluations", bound=EVALUATIONS)
+
+
+def _away(best: float, given_up: int) -> float:
+    return (given_up - best) ** 2
+
+
 def measure() -> dict[str, object]:
-    """The allocation in its published setting, and by parameters in either format; the knapsack."""
+    """The allocation in its published setting, and by parameters in either format; the knapsack; the column search."""
     against_sort(2, 64, 1)  # not counted: loads the libraries
     knapsack(3, 16, 3, 1)
     made = [
@@ -109,6 +126,7 @@ def measure() -> dict[str, object]:
         against_sort(BLOCKS, WIDTH, REPEATS, "per_param"),
         against_sort(BLOCKS, WIDTH, REPEATS, "per_param", "pivot"),
         knapsack(BLOCKS * len(ROLES), WIDTH, SIZES, REPEATS),
+        column_search(1638, CURVES),
     ]
     return common.result("allocate", made, {"ratio": RATIO, "gap": GAP, "spectra": "float64, power laws with noise"})
 

@@ -47,10 +47,16 @@ def test_knapsack_seconds() -> None:
     assert data["unit"] == "seconds" and data["details"]["unspent"] and min(data["details"]["unspent"]) >= 0
 
 
+def test_column_search_counts_every_error_asked_for_but_the_known_one() -> None:
+    case = allocate.column_search(30, 3)
+    assert case.bound == allocate.EVALUATIONS and len(case.values) == 3
+    assert all(3 <= count <= 12 and count == int(count) for count in case.values)
+
+
 def test_what_is_measured_makes_a_result_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"BLOCKS": 1, "WIDTH": 12, "SIZES": 3, "REPEATS": 1}.items():
         monkeypatch.setattr(allocate, name, value)
     common.write(tmp_path / "allocate.json", allocate.measure())
     result = json.loads((tmp_path / "allocate.json").read_text(encoding="utf-8"))
-    assert result["benchmark"] == "allocate" and len(result["cases"]) == 4
-    assert [case["bound"] is not None for case in result["cases"]] == [True, False, False, False]
+    assert result["benchmark"] == "allocate" and len(result["cases"]) == 5
+    assert [case["bound"] is not None for case in result["cases"]] == [True, False, False, False, True]
