@@ -143,7 +143,9 @@ def test_tables_go_to_stdout_and_notes_to_stderr(tmp_path: Path, text_file: Path
 
 
 def test_plan_says_what_a_run_would_do(llama_dir: Path, tmp_path: Path) -> None:
-    data = from_json(call("plan", llama_dir, "--ratio", "0.3", *SMALL, "--json"))
+    data = from_json(
+        call("plan", llama_dir, "--recipe", "whitened", "--format", "pivot", "--ratio", "0.3", *SMALL, "--json")
+    )
     assert {row["role"] for row in data["targets"]} == {"q", "k", "v", "o", "gate", "up", "down"}
     assert all(row["choice"]["formats"][row["name"]] == "pivot" for row in data["targets"])
     counts = data["parameters"]

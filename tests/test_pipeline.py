@@ -21,7 +21,7 @@ from spectrim import recipe, run
 from spectrim.calibrate.statistics import Cosine
 from spectrim.core import budget, registry
 from spectrim.core.plan import Plan
-from spectrim.core.registry import Problem, allocator
+from spectrim.core.registry import Allocator, Problem, allocator
 from spectrim.recipe import RecipeError
 from tests.conftest import letters, save_model, tree_hash
 from tests.families import FAMILIES, LAYERS, VOCABULARY
@@ -261,7 +261,7 @@ def by_cosine() -> Iterator[_Seen]:
 
     @allocator("by_cosine")
     @dataclass(frozen=True)
-    class ByCosine:
+    class ByCosine(Allocator):
         """Even ranks; what it is given is what is tested."""
 
         grain = 1
@@ -359,7 +359,7 @@ def test_too_few_tokens_are_warned_of(llama_dir: Path, tmp_path: Path, caplog: p
 def test_a_dry_run_plans_what_the_run_makes(llama_dir: Path, tmp_path: Path) -> None:
     from spectrim.estimate import estimate
 
-    asked = recipe.build("default", {"ratio": 0.3})
+    asked = recipe.build("whitened", {"ratio": 0.3, "format": "pivot"})
     guessed = estimate(llama_dir, asked)
     result = spectrim.compress(llama_dir, asked, text=CALIBRATION, out=tmp_path / "out")
     assert guessed.plan is not None and guessed.plan.choices == result.plan.choices

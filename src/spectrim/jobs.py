@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,16 +69,29 @@ def _new_biases(target: Target) -> int:
 
 
 def allocate_early(job: Job, asked: Recipe) -> Plan | None:
-    """The plan of a job whose allocator needs shapes only, before anything heavy; None for the others."""
-    return allocate(job, asked) if job.allocator.sees == "shapes" else None
+    """The plan of a job whose allocator needs shapes only, before anything heavy; None for the others, once checked."""
+    if job.allocator.sees == "shapes":
+        return allocate(job, asked)
+    with _named(job):
+        job.allocator.check(_problem(job, asked))
+    return None
 
 
 def allocate(job: Job, asked: Recipe, **seen: Any) -> Plan:
     """The plan of a job; `seen` is what its allocator may see beside shapes. Raises RecipeError naming the group."""
+    with _named(job):
+        plan: Plan = job.allocator.allocate(_problem(job, asked, **seen))
+    return plan
+
+
+def _problem(job: Job, asked: Recipe, **seen: Any) -> Problem:
     generator = torch.Generator().manual_seed(asked.calibrate.seed)
+    return Problem(job.targets, job.budget, job.format, generator, fixed=job.fixed, **seen)
+
+
+@contextmanager
+def _named(job: Job) -> Iterator[None]:
     try:
-        problem = Problem(job.targets, job.budget, job.format, generator, fixed=job.fixed, **seen)
-        plan: Plan = job.allocator.allocate(problem)
+        yield
     except ValueError as error:
         raise RecipeError(f"group {job.group.match!r} at ratio {job.group.ratio}: {error}") from error
-    return plan

@@ -146,7 +146,10 @@ class Problem:
 
 @runtime_checkable
 class Allocator(Protocol):
-    """Spends a budget over targets. A frozen dataclass: its fields are its settings."""
+    """Spends a budget over targets. A frozen dataclass: its fields are its settings.
+
+    A class that names this one as its base has the default of `check`.
+    """
 
     @property
     def needs(self) -> tuple[Any, ...]:
@@ -162,6 +165,9 @@ class Allocator(Protocol):
     def grain(self) -> int:
         """Its coarsest step, in units."""
         ...
+
+    def check(self, problem: Problem) -> None:
+        """Raise ValueError where shapes alone, all that `problem` has, say that there is no plan: before a run."""
 
     def allocate(self, problem: Problem) -> Plan:
         """A plan that spends at most the budget, short of it by less than `grain` times the largest unit."""

@@ -155,6 +155,28 @@ def rank_steps(format: str, part: Part, fixed: int = 0) -> Int[Tensor, "n"]:
     return torch.cat([ranks.to(torch.int64), torch.tensor([last])])
 
 
+def least_steps(
+    targets: Sequence[Target], format: str, budget: int, least: int, fixed: Mapping[str, int] | None = None
+) -> tuple[dict[str, Int[Tensor, "_"]], dict[str, int], int]:
+    """By target the costs of its steps, and how many are floors; what biases cost. ValueError as `spend_ranks`."""
+    costs: dict[str, Int[Tensor, "_"]] = {}
+    floors, base = {}, 0
+    for target in targets:
+        part, bias = single(target), (fixed or {}).get(target.name, 0)
+        costs[target.name] = rank_steps(format, part, bias)
+        largest = len(costs[target.name]) - 1
+        floors[target.name] = min(least, largest) if largest else 1
+        base += bias if largest else 0
+    lowest = base + sum(int(costs[name][:floor].sum()) for name, floor in floors.items())
+    if lowest > budget:
+        dense = sum(target.parameters for target in targets)
+        raise ValueError(
+            f"ratio too large: it leaves {budget:,} parameters, but rank {least} everywhere needs {lowest:,} of "
+            f"{dense:,}; the largest possible ratio here is {(dense - lowest) * 10**4 // dense / 10**4}"
+        )
+    return costs, floors, base
+
+
 def spend_ranks(
     targets: Sequence[Target],
     scores: Mapping[str, Float[Tensor, "_"]],
@@ -169,20 +191,7 @@ def spend_ranks(
     makes smaller stays dense. Raises ValueError for a target that is no single matrix, and when the least ranks
     exceed the budget, with the largest ratio that is possible.
     """
-    costs, floors, base = {}, {}, 0
-    for target in targets:
-        part, bias = single(target), (fixed or {}).get(target.name, 0)
-        costs[target.name] = rank_steps(format, part, bias)
-        largest = len(costs[target.name]) - 1
-        floors[target.name] = min(least, largest) if largest else 1
-        base += bias if largest else 0
-    lowest = base + sum(int(costs[name][:floor].sum()) for name, floor in floors.items())
-    if lowest > budget:
-        dense = sum(target.parameters for target in targets)
-        raise ValueError(
-            f"ratio too large: it leaves {budget:,} parameters, but rank {least} everywhere needs {lowest:,} of "
-            f"{dense:,}; the largest possible ratio here is {(dense - lowest) * 10**4 // dense / 10**4}"
-        )
+    costs, floors, base = least_steps(targets, format, budget, least, fixed)
     taken = cut(scores, costs, budget - base, floors)
     ranks = {name: None if count == len(costs[name]) else count for name, count in taken.items()}
     return rank_plan(targets, ranks, format, budget, fixed)

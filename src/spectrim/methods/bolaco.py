@@ -43,7 +43,7 @@ from spectrim.calibrate.statistics import State, Statistic
 from spectrim.core import budget
 from spectrim.core.linalg import directions
 from spectrim.core.plan import Candidate, Choice, Measured, Plan, Target, Tensors, Units
-from spectrim.core.registry import Decomposer, Live, Problem, Sees, Statistics, allocator, decomposer
+from spectrim.core.registry import Allocator, Decomposer, Live, Problem, Sees, Statistics, allocator, decomposer
 
 logger = logging.getLogger(__name__)
 
@@ -182,7 +182,7 @@ class PooledCovarianceSVD(Decomposer):
 
 @allocator("bayesian")
 @dataclass(frozen=True)
-class Bayesian:
+class Bayesian(Allocator):
     """Shares for each role, found by trying plans on the model.
 
     evaluations: plans tried; initial: of these, quasi-random ones, after two fixed ones. layers: groups of consecutive
@@ -222,16 +222,22 @@ class Bayesian:
         """One step of rank."""
         return self.multiple
 
+    def check(self, problem: Problem) -> None:
+        """Raise ValueError without optuna, for too many layers, and when what stays dense leaves too little."""
+        with _optuna():
+            space = Space(problem, self.dense, self.layers, self.multiple)
+            space.plan(dict.fromkeys(space.numbers, 1.0))
+
     def allocate(self, problem: Problem) -> Plan:
         """The best plan tried. Raises ValueError without optuna, when what stays dense leaves too little for the rest
         (naming the largest ratio), for fewer blocks than `layers`, and when no plan gave a finite objective.
         """
+        self.check(problem)
         with _optuna():
             if problem.budget >= problem.dense:
                 return Plan({}, problem.budget, problem.dense)
             assert problem.live is not None
             space = Space(problem, self.dense, self.layers, self.multiple)
-            space.plan(dict.fromkeys(space.numbers, 1.0))  # refuses what is not possible before anything runs
             seeds = torch.randint(2**31, (3,), generator=problem.generator).tolist()
             windows = self._windows(problem, problem.live, space, seeds[0])
             found = list(self._search(space, _Measured(problem, problem.live, windows), seeds[1:]))

@@ -40,7 +40,7 @@ from torch import Tensor
 
 from spectrim.core.budget import allowed, count
 from spectrim.core.plan import Candidate, Choice, Plan, Target
-from spectrim.core.registry import Live, Problem, Sees, allocator
+from spectrim.core.registry import Allocator, Live, Problem, Sees, allocator
 from spectrim.core.spend import knapsack
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ Options = dict[int, Choice | None]  # by parameters kept, ascending; None: dense
 
 @allocator("deviation")
 @dataclass(frozen=True)
-class Deviation:
+class Deviation(Allocator):
     """One ratio for each target, so that together they move the model's output least.
 
     grid: ratios tried, beside that of the whole; highest: the largest that a target may get; sequences and length: of
@@ -82,6 +82,14 @@ class Deviation:
         if not 0 <= self.gap < 1:
             raise ValueError(f"gap is {self.gap}: it must be at least 0 and below 1")
 
+    def check(self, problem: Problem) -> None:
+        """Raise ValueError where no target losing more than `highest` leaves more than the budget."""
+        if allowed(problem.targets, self.highest) > problem.budget:
+            raise ValueError(
+                f"ratio too large: it leaves {problem.budget:,} of {problem.dense:,} parameters, but no target may "
+                f"lose more than highest = {self.highest} of its own; the largest possible ratio here is {self.highest}"
+            )
+
     def allocate(self, problem: Problem) -> Plan:
         """The plan of least total deviation. Raises ValueError when the budget is below the smallest choices."""
         dense = problem.dense
@@ -105,12 +113,8 @@ class Deviation:
 
         Raises ValueError where the smallest of all exceed the budget, with the largest ratio that is possible.
         """
+        self.check(problem)
         dense = problem.dense
-        if allowed(problem.targets, self.highest) > problem.budget:
-            raise ValueError(
-                f"ratio too large: it leaves {problem.budget:,} of {dense:,} parameters, but no target may lose more "
-                f"than highest = {self.highest} of its own; the largest possible ratio here is {self.highest}"
-            )
         ratios = [ratio for ratio in self.grid if ratio <= self.highest]
         found, lowest, base = {}, 0, base_of(problem)
         for target in sorted(problem.targets, key=lambda t: t.name):

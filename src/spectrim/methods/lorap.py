@@ -35,7 +35,7 @@ from torch import Tensor
 from spectrim.calibrate.statistics import Norm, Statistic
 from spectrim.core import budget
 from spectrim.core.plan import Candidate, Choice, Measured, Part, Plan, Target, Tensors, Units
-from spectrim.core.registry import Decomposer, Problem, Sees, Statistics, allocator, decomposer
+from spectrim.core.registry import Allocator, Decomposer, Problem, Sees, Statistics, allocator, decomposer
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ def _checked(target: Target) -> Sequence[Part]:
 
 @allocator("low_rank_degree")
 @dataclass(frozen=True)
-class LowRankDegree:
+class LowRankDegree(Allocator):
     """v and o of every block get `a` times the parameters of q and k, at equal shares within a pair.
 
     All other matrices, a fused qkv with the whole attention of its block among them, get the common share. multiple:

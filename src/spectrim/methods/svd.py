@@ -32,7 +32,7 @@ from spectrim.calibrate.statistics import FisherColumns, Gram, Norm, Statistic
 from spectrim.core import budget
 from spectrim.core.linalg import Metric, directions
 from spectrim.core.plan import Candidate, Plan, Target, Units
-from spectrim.core.registry import Decomposer, Problem, Sees, Statistics, allocator, decomposer
+from spectrim.core.registry import Allocator, Decomposer, Problem, Sees, Statistics, allocator, decomposer
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class WhitenedSVD(MetricSVD):
 
 @allocator("uniform")
 @dataclass(frozen=True)
-class Uniform:
+class Uniform(Allocator):
     """The same share of parameters for every target, units a multiple of `multiple`, the rest of the budget spent."""
 
     multiple: int = 1

@@ -32,8 +32,8 @@ from torch import Tensor
 
 from spectrim.calibrate.statistics import Cosine, Statistic, SublayerCosine
 from spectrim.core.plan import Candidate, Plan, Target
-from spectrim.core.registry import Problem, Sees, allocator
-from spectrim.core.spend import hull, rank_steps, single, spend_ranks
+from spectrim.core.registry import Allocator, Problem, Sees, allocator
+from spectrim.core.spend import hull, least_steps, rank_steps, single, spend_ranks
 
 ATTENTION = ("q", "k", "v", "o", "qkv")  # roles before the middle of a block; all others are of its FFN
 LEAST_IMPORTANCE = 1e-4  # of the largest one
@@ -42,7 +42,7 @@ LEAST_SHARE = 1e-30  # of the largest one: what divides is not 0
 
 @allocator("unirank")
 @dataclass(frozen=True)
-class UniRank:
+class UniRank(Allocator):
     """The directions of largest importance × energy share in the whole model."""
 
     granularity: Literal["layer", "sublayer"] = "layer"
@@ -65,6 +65,10 @@ class UniRank:
         if self.importance_power == 0:
             return ()
         return (Cosine(),) if self.granularity == "layer" else (SublayerCosine(),)
+
+    def check(self, problem: Problem) -> None:
+        """Raise ValueError when `least` ranks everywhere exceed the budget, or for a target that has no ranks."""
+        least_steps(problem.targets, problem.format, problem.budget, self.least, problem.fixed)
 
     def allocate(self, problem: Problem) -> Plan:
         """See `spend.spend_ranks`.
@@ -137,7 +141,7 @@ def _cosine(problem: Problem, target: Target, statistic: Statistic) -> float:
 
 @allocator("cosine_softmax")
 @dataclass(frozen=True)
-class CosineSoftmax:
+class CosineSoftmax(Allocator):
     """Every block loses a fraction ∝ exp(−(1 − cosine) / temperature) of its parameters, its matrices all alike."""
 
     temperature: float = 0.2
@@ -151,6 +155,10 @@ class CosineSoftmax:
             raise ValueError(f"temperature is {self.temperature}: it must be above 0; 0.2 is as published")
         if self.least < 0:
             raise ValueError(f"least is {self.least}: the rank that every matrix keeps cannot be below 0")
+
+    def check(self, problem: Problem) -> None:
+        """Raise ValueError when `least` ranks everywhere exceed the budget, or for a target that has no ranks."""
+        least_steps(problem.targets, problem.format, problem.budget, self.least, problem.fixed)
 
     def allocate(self, problem: Problem) -> Plan:
         """Steps in the order in which a falling common factor λ in d_l = min(1, λ w_l) pays for them.
