@@ -21,7 +21,7 @@ from spectrim.recipe import build as build_recipe
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"```(console|python|yaml)\n(.*?)```", re.DOTALL)
 FLAGS = re.compile(r"--[a-z][a-z-]+")
-PAGES = ["README.md", "docs/quickstart.md", "docs/large-models.md", "docs/compare.md"]
+PAGES = ["README.md", "docs/quickstart.md", "docs/large-models.md", "docs/compare.md", "docs/comparison.md"]
 PAGES += [f"docs/methods/{page.name}" for page in sorted((ROOT / "docs/methods").glob("*.md"))]
 
 
