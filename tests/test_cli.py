@@ -153,8 +153,9 @@ def test_plan_says_what_a_run_would_do(llama_dir: Path, tmp_path: Path) -> None:
     assert counts["total_before"] - counts["total_after"] == counts["targets_before"] - counts["targets_after"]
     assert data["peak_memory_bytes"]["hidden_states"] == 8 * 24 * 32 * 4
     assert all(size > 0 for size in [*data["peak_memory_bytes"].values(), *data["disk_bytes"].values()])
-    shown = call("plan", llama_dir, "--ratio", "0.3", *SMALL, "--format", "plain")
+    shown = call("plan", llama_dir, "--recipe", "whitened", "--ratio", "0.3", *SMALL)
     assert shown.exit_code == 0 and "low_rank, rank" in shown.stdout and "peak memory" in shown.stdout
+    assert "decided after calibration" in call("plan", llama_dir, "--ratio", "0.3", *SMALL).stdout
     made = from_json(
         call("compress", llama_dir, "--recipe", "svd", "--out", tmp_path / "o", "--ratio", "0.3", "--json")
     )
