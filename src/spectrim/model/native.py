@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig, PreTrainedModel
 
 from spectrim.model import modules
@@ -53,7 +54,7 @@ def changed(config: PretrainedConfig, changes: Mapping[str, Any]) -> PreTrainedM
         for key, value in changes.items():
             setattr(other, key, value)
         return skeleton(other, torch.float32)
-    except (ValueError, TypeError, RuntimeError, AttributeError, IndexError, KeyError) as error:
+    except (StrictDataclassError, ValueError, TypeError, RuntimeError, AttributeError, IndexError, KeyError) as error:
         # whatever a class raises for a value that it cannot have
         logger.debug("no model has %s: %s", dict(changes), error)
         return None
