@@ -332,3 +332,13 @@ def test_swap_refuses_another_spec() -> None:
     swap(net, {"0": spec("low_rank", rank=2)})
     with pytest.raises(ValueError, match="'0' already has the spec"):
         swap(net, {"0": spec("low_rank", rank=3)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tall_float32_weights_lie_column_by_column(dtype: torch.dtype) -> None:
+    given = {"left.weight": torch.randn(12, 3).to(dtype), "right.weight": torch.randn(3, 20).to(dtype)}
+    module = modules.build(spec("low_rank", rank=3), given, None)
+    assert module.left.weight.stride() == ((1, 12) if dtype is torch.float32 else (3, 1))
+    assert module.right.weight.stride() == (20, 1)
+    assert torch.equal(module.left.weight, given["left.weight"])
+    assert copy.deepcopy(module).left.weight.stride() == module.left.weight.stride()

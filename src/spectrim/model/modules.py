@@ -64,10 +64,19 @@ class Format(nn.Module):
             # A view of a larger tensor would keep all of it alive, and could not be saved.
             given[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
         module.load_state_dict(given, assign=True)
+        module.derive()  # load_state_dict derives before the children have their tensors
         return module
 
     def derive(self) -> None:
-        """Check the stored indices and compute the buffers that follow from them. ValueError for bad indices."""
+        """Check the stored indices and set what follows from the stored tensors. ValueError for bad indices.
+
+        Tall float32 weights on a CPU are laid out column by column in memory: at one token their product is 1.2 to 2.0
+        times as fast (rows of 300 to 2048 numbers, one thread), at 256 tokens the same; bfloat16 would lose a tenth.
+        """
+        for weight in (child.weight for child in self.children() if isinstance(child, nn.Linear)):
+            tall = weight.shape[0] > weight.shape[1] and weight.is_contiguous()
+            if tall and weight.dtype == torch.float32 and weight.device.type == "cpu":
+                weight.data = weight.data.t().contiguous().t()
 
     def dense(self) -> Tensor:
         """Return the weight out × in that this module stands for, without the bias.
@@ -150,6 +159,7 @@ class LowRankColumns(LowRank):
         self.register_buffer("gather", torch.empty(used, dtype=torch.int64, device=device), persistent=False)
 
     def derive(self) -> None:
+        super().derive()
         if not self.columns.is_meta:
             _distinct("columns", self.columns, self.in_features)
             self.gather = self._order()[: self.gather.numel()].long()
@@ -194,6 +204,7 @@ class LowRankSparse(LowRank):
         self.register_buffer("columns", torch.empty(self._spec["nnz"], dtype=torch.int32, device=device))
 
     def derive(self) -> None:
+        super().derive()
         if not self.columns.is_meta and not self.row_starts.is_meta:
             counts, nnz = self.row_starts.diff(), self._spec["nnz"]
             if self.row_starts[0] != 0 or self.row_starts[-1] != nnz or (counts < 0).any():
@@ -252,6 +263,7 @@ class Pivot(Format):
             self.register_buffer("gather", torch.empty(used, dtype=torch.int64, device=device), persistent=False)
 
     def derive(self) -> None:
+        super().derive()
         if self.base is not None and not self.order.is_meta:
             _distinct("order", self.order, self.order.numel())
             self.gather = self.order.argsort() if self.by_rows else self.order[: self.gather.numel()].long()
