@@ -17,7 +17,10 @@ from typing import Any
 from benchmarks import common
 
 # each with the most processor threads that it uses
-NAMES = {"decompose": 2, "whole_run": 1, "inference": 1, "memory": 2, "allocate": 1, "deviation": 1}
+NAMES = {
+    "decompose": 2, "whole_run": 1, "inference": 1, "memory": 2, "allocate": 1, "deviation": 1, "sparse": 1, "rpca": 1,
+    "training": 2,
+}  # fmt: skip
 RESULTS = common.ROOT / "benchmarks" / "results"
 PAGES = (common.ROOT / "benchmarks" / "README.md", common.ROOT / "docs" / "benchmarks.md")
 START, END = "<!-- results: written by benchmarks.run -->", "<!-- end of results -->"

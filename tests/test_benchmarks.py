@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from benchmarks import common, decompose, inference, memory, run, whole_run
+from benchmarks import common, decompose, inference, memory, rpca, run, sparse, whole_run
 from benchmarks.common import Bound, Case
 from spectrim.model import modules
 
@@ -113,6 +113,16 @@ def test_inference() -> None:
     for case in made:
         data = well_formed(case, inference.SHARE)
         assert data["repeats"] == 10 and data["details"]["dense_over_compressed_parameters"] > 1
+
+
+def test_sparse() -> None:
+    made = sparse.cases((48, 32), torch.float32, 0.1, (1, 20), 2, 2)
+    assert made and all(well_formed(case, sparse.bound(torch.float32, 0.1, 20)) for case in made)
+
+
+def test_rpca() -> None:
+    data = well_formed(rpca.case(24, "inexact", 2), rpca.OVER_KERNELS)
+    assert data["details"]["iterations"] > 1
 
 
 @pytest.mark.parametrize("format", ["plain", "pivot"])

@@ -18,9 +18,17 @@ from spectrim.core.plan import Candidate, Choice, Part, Plan, Target
 from spectrim.core.registry import Allocator, Decomposer, Problem
 from spectrim.model import apply, modules
 
-# of single matrices; those of FFNs, and allocators that try plans on a model, are in test_contract_model.py
-DECOMPOSERS = {name: kind for name, kind in registry.decomposers().items() if not kind().whole}
-ALLOCATORS = {name: kind for name, kind in registry.allocators().items() if kind().sees != "model"}
+# of single matrices and ranks alone; those of FFNs, and allocators that try plans on a model, are in
+# test_contract_model.py, those with a sparse part in test_contract_entries.py
+OF_ENTRIES = {"cap_greedy"}  # allocators that ask for entry units
+DECOMPOSERS = {
+    name: kind
+    for name, kind in registry.decomposers().items()
+    if "rank" in kind().kinds and "entry" not in kind().kinds and not kind().whole
+}
+ALLOCATORS = {
+    name: kind for name, kind in registry.allocators().items() if kind().sees != "model" and name not in OF_ENTRIES
+}
 EACH = pytest.mark.parametrize("name", sorted(DECOMPOSERS))
 EACH_ALLOCATOR = pytest.mark.parametrize("name", sorted(ALLOCATORS))
 FORMATS = pytest.mark.parametrize("format", ["low_rank", "pivot"])

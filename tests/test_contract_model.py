@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,11 +19,16 @@ from spectrim.model.live import Installed
 from tests.families import FAMILIES, VOCABULARY
 
 DECOMPOSERS = {name: kind for name, kind in registry.decomposers().items() if kind().whole}
-ALLOCATORS = {name: kind for name, kind in registry.allocators().items() if kind().sees == "model"}
+OF_ENTRIES = {"bernoulli"}  # tried in tests/methods/test_bernoulli.py
+ALLOCATORS = {
+    name: kind for name, kind in registry.allocators().items() if kind().sees == "model" and name not in OF_ENTRIES
+}
 # small enough for a test: every setting that says how much is run
 SMALL = {
     "deviation": {"grid": (0.0, 0.5), "sequences": 2},
     "bayesian": {"evaluations": 3, "initial": 1, "sequences": 2},
+    "soco": {"steps": 4, "batch": 2},
+    "acip": {"steps": 6, "batch": 2, "post": 1, "snapshots": 0},
 }
 EACH = pytest.mark.parametrize("name", sorted(DECOMPOSERS))
 EACH_ALLOCATOR = pytest.mark.parametrize("name", sorted(ALLOCATORS))
@@ -165,9 +171,11 @@ def test_the_budget_is_kept_and_used_and_the_model_left_as_it_was(name: str, for
         largest = max(int(torch.as_tensor(budget.unit_cost(format, t.parts[0])).max()) for t in trial.targets)
         assert allowed - plan.spent < ALLOCATORS[name](**SMALL[name]).grain * largest
         assert all(
-            budget.count(choice, t) < t.parameters for t in trial.targets if (choice := plan.choices.get(t.name))
+            budget.count(choice, t) < t.parameters or "dense" in choice.formats.values()  # rewritten
+            for t in trial.targets
+            if (choice := plan.choices.get(t.name))
         )
-        assert Plan.from_json(plan.to_json()) == plan
+        assert Plan.from_json(plan.to_json()) == replace(plan, learned={})
     assert {n: id(m) for n, m in trial.model.named_modules()} == {n: id(m) for n, m in modules_before.items()}
     assert all(torch.equal(value, before[key]) for key, value in trial.model.state_dict().items())
 
@@ -177,8 +185,11 @@ def test_the_order_of_targets_does_not_matter_and_the_same_seed_gives_the_same(n
     trial = Trial("low_rank")
     allowed = budget.allowed(trial.targets, 0.3)
     plan = trial.plan(name, allowed)
-    assert trial.plan(name, allowed) == plan
-    assert trial.plan(name, allowed, shuffled=1) == plan
+    for other in (trial.plan(name, allowed), trial.plan(name, allowed, shuffled=1)):
+        assert other.to_json() == plan.to_json() and other.learned.keys() == plan.learned.keys()
+        for target, made in plan.learned.items():
+            assert made.keys() == other.learned[target].keys()
+            assert all(torch.equal(tensor, other.learned[target][key]) for key, tensor in made.items())
 
 
 @EACH_ALLOCATOR

@@ -19,12 +19,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("data", "model"),
     ("calibrate", "learn", "measure.evaluate", "measure.speed"),
     ("methods", "finetune"),
-    ("recipe", "jobs", "run", "pipeline", "estimate"),
+    ("recipe", "jobs", "stored", "run", "pipeline", "estimate"),
     ("measure.compare", "measure.plot", "measure.apart", "measure.zero_shot", "measure.report"),
     ("cli", "commands", "__main__", "__init__"),
 )
 # Layer 3 sees of layer 2 only these.
-SEEN_BY_METHODS = ("calibrate.statistics", "learn.gates")
+SEEN_BY_METHODS = ("calibrate.statistics", "learn.gates", "learn.harden", "learn.training")
 # Files without a folder of their own that may import each other.
 TOGETHER = (
     frozenset(LAYERS[4]),

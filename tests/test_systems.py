@@ -122,6 +122,7 @@ class _Table(Deviation):
 
 def test_no_budget_is_exceeded_on_random_models() -> None:
     methods = [kind() for name, kind in sorted(allocators().items()) if kind().sees != "model"]
+    methods = [method for method in methods if type(method).__name__ != "CapGreedy"]  # of entries
     methods += [allocators()["unirank"](granularity="sublayer", cost_mode="per_param"), _Table()]
     refused = planned = 0
     for seed in range(200):

@@ -44,6 +44,14 @@ def plan_jobs(asked: Recipe, structure: Structure) -> list[Job]:
         decomposers = asked.decomposers(group, members)
         for target in members:
             _check(decomposers[target.name], target, asked.calibrate.sequential)
+            reason = allocator.refuses(decomposers[target.name])
+            if reason:
+                raise RecipeError(f"group {group.match!r}, {target.name}: {reason}")
+        if allocator.learns and asked.calibrate.sequential:
+            raise RecipeError(
+                f"allocator {group.allocate.method!r} trains on the candidates; calibrate.sequential would make them "
+                "anew: set it to false"
+            )
         fixed = {t.name: _new_biases(t) for t in members if decomposers[t.name].adds_bias}
         allowed, format = budget.allowed(members, group.ratio), budget.RANK_FORMATS[group.format]
         jobs.append(Job(group, tuple(members), decomposers, allocator, format, allowed, fixed))

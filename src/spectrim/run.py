@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -20,7 +20,7 @@ from spectrim.calibrate.resident import resident
 from spectrim.calibrate.streamed import streamed
 from spectrim.core import budget
 from spectrim.core import plan as plans
-from spectrim.core.plan import Candidate, Choice, Kind, Plan, Target, Units
+from spectrim.core.plan import Candidate, Choice, Part, Plan, Target
 from spectrim.core.progress import Progress
 from spectrim.core.store import Store, hash_of
 from spectrim.jobs import Job, allocate
@@ -29,6 +29,7 @@ from spectrim.model.blocks import Batch
 from spectrim.model.checkpoint import Weights
 from spectrim.model.live import Installed
 from spectrim.recipe import Recipe
+from spectrim.stored import StoreSlot, packed, unpacked_units
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ class Run:
         self.decomposers = {name: d for job in jobs for name, d in job.decomposers.items()}
         self.formats = {target.name: job.format for job in jobs for target in job.targets}
         self.targets = [target for job in jobs for target in job.targets]
+        self.complete = {target.name for job in jobs if job.allocator.learns for target in job.targets}
 
     def planned(self, early: Sequence[Plan | None]) -> tuple[Plan, dict[str, Candidate]]:
         """The whole plan, and the candidates to cut to it; `early` are the plans made of shapes alone, by job."""
@@ -89,12 +91,17 @@ class Run:
                 chosen = [
                     done or self._allocate(job, candidates, live) for done, job in zip(early, self.jobs, strict=True)
                 ]
-            plan = self._settled(plans.merge(chosen), candidates)
+            merged = plans.merge(chosen)
+            candidates |= {name: replace(candidates[name], learned=made) for name, made in merged.learned.items()}
+            plan = self._settled(merged, candidates)
             if sequential:
                 plan, candidates = self.second_pass(plan)
         plan = replace(plan, notes=(*self.structure.notes, *plan.notes))
         key = {"recipe": self.asked.model_dump(), "weights": self.fingerprint, "text": self.data}
         self.store.save_json("plan", key, plan.to_json())
+        if plan.learned:
+            named = {f"{target}.{name}": t for target, made in plan.learned.items() for name, t in made.items()}
+            self.store.save("plan", key, named)
         return plan, candidates
 
     def _key(self, target: Target, upstream: str | None = None) -> dict[str, Any]:
@@ -103,6 +110,8 @@ class Run:
         measured = {"text": self.data, "dtype": str(self.source.model.dtype)} if decomposer.needs else {}
         if upstream is not None and decomposer.needs:
             measured["upstream"] = upstream
+        if target.name in self.complete:
+            measured["complete"] = "yes"
         return {
             "weights": self.fingerprint, "target": asdict(target), "method": _named(decomposer),
             "format": self.formats[target.name], **measured,
@@ -186,24 +195,13 @@ class Run:
             candidate = decomposer.decompose(target, weights, stats)
             for part in target.parts:
                 for statistic in decomposer.keeps:
-                    key = self._statistic_key(part.input, statistic, upstream)
+                    key = self._statistic_key(_place(part, statistic), statistic, upstream)
                     if not self.store.has("statistics", key):
                         self.store.save("statistics", key, {"value": stats[part.module][statistic]})
-            self.store.save("candidate", self._key(target, upstream), self._packed(candidate))
+            format = None if target.name in self.complete else self.formats[target.name]
+            self.store.save("candidate", self._key(target, upstream), packed(candidate, format))
         seconds = self.timings.seconds
         seconds["decompose inside"] = seconds.get("decompose inside", 0.0) + time.perf_counter() - start
-
-    def _packed(self, candidate: Candidate) -> dict[str, Tensor]:
-        """What the store keeps: its tensors, `left` as far as the format can use it, and its units in their order."""
-        tensors, target = dict(candidate.tensors()), candidate.target
-        for i, units in enumerate(candidate.units):
-            if units.kind == "rank":
-                tensors["left"] = tensors["left"][:, : budget.largest_rank(self.formats[target.name], target.parts[0])]
-            tensors[f"units.{i}.{units.kind}.scores"] = units.scores
-            tensors[f"units.{i}.{units.kind}.cost"] = torch.as_tensor(units.cost)
-            if units.errors is not None:
-                tensors[f"units.{i}.{units.kind}.errors"] = units.errors
-        return tensors
 
     def _weights(self, target: Target) -> dict[str, Tensor]:
         """The dense matrices of a target, out × in, by module."""
@@ -216,12 +214,12 @@ class Run:
 
     def _stored(self, target: Target, upstream: str | None = None) -> Candidate:
         key, decomposer = self._key(target, upstream), self.decomposers[target.name]
-        units = _units(self.store.load("candidate", key, prefix="units."))
+        units = unpacked_units(self.store.load("candidate", key, prefix="units."))
 
         def statistics() -> dict[str, dict[Any, Tensor]]:
             return {
                 part.module: {
-                    s: self.store.load("statistics", self._statistic_key(part.input, s, upstream))["value"]
+                    s: self.store.load("statistics", self._statistic_key(_place(part, s), s, upstream))["value"]
                     for s in decomposer.keeps
                 }
                 for part in target.parts
@@ -247,7 +245,8 @@ class Run:
         own = {target.name: candidates[target.name] for target in job.targets}
         seen: dict[str, Any] = {"candidates": own, "statistics": measured}
         if job.allocator.sees == "model":
-            seen |= {"live": live.get(), "remember": self._remember(job)}
+            upstream = self._upstream(job)
+            seen |= {"live": live.get(), "remember": self._remember(upstream), "slot": self._slots(upstream)}
         return allocate(job, self.asked, progress=self.progress, **seen)
 
     def _live(self, candidates: Mapping[str, Candidate]) -> Installed:
@@ -256,8 +255,9 @@ class Run:
         model.eval()
         return Installed(model, self.structure, candidates, self.windows, self.asked.calibrate.batch)
 
-    def _remember(self, job: Job) -> Callable[..., Mapping[str, Tensor]]:
-        upstream = {
+    def _upstream(self, job: Job) -> dict[str, Any]:
+        """All that a job's problem comes from but its budget."""
+        return {
             "candidates": [
                 {**self._key(target), "method": self.decomposers[target.name].first_like}
                 for target in sorted(job.targets, key=lambda t: t.name)
@@ -265,6 +265,12 @@ class Run:
             "text": self.data, "dtype": str(self.source.model.dtype), "allocator": _named(job.allocator),
         }  # fmt: skip
 
+    def _slots(self, upstream: Mapping[str, Any]) -> Callable[..., StoreSlot]:
+        return lambda name, fields: StoreSlot(
+            self.store, f"{name}-under-way", {**upstream, "fields": json.dumps(fields, sort_keys=True)}
+        )
+
+    def _remember(self, upstream: Mapping[str, Any]) -> Callable[..., Mapping[str, Tensor]]:
         def remember(
             name: str, fields: Mapping[str, Any], make: Callable[[], Mapping[str, Tensor]]
         ) -> Mapping[str, Tensor]:
@@ -376,20 +382,11 @@ class _Lazily:
         return self._made
 
 
+def _place(part: Part, statistic: Any) -> str:
+    """Where a statistic of a part is taken: at its input, which others may share, or at its weight."""
+    return part.module if statistic.where == "gradient" else part.input
+
+
 def _named(method: Any) -> str:
     """A method with its settings, for keys."""
     return f"{type(method).__module__}.{method!r}"
-
-
-def _units(stored: Mapping[str, Tensor]) -> tuple[Units, ...]:
-    """Units in their order, of tensors named `units.<place>.<kind>.<what>`."""
-    found: dict[tuple[int, str], dict[str, Tensor]] = {}
-    for name, tensor in stored.items():
-        _, place, kind, what = name.split(".")
-        found.setdefault((int(place), kind), {})[what] = tensor
-    made = []
-    for (_, kind), values in sorted(found.items()):
-        cost = values["cost"]
-        whole: int | Tensor = int(cost) if cost.ndim == 0 else cost
-        made.append(Units(cast(Kind, kind), values["scores"], values.get("errors"), whole))
-    return tuple(made)

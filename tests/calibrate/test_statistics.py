@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spectrim.calibrate.statistics import Cosine, FisherColumns, Gram, Norm, Statistic, SublayerCosine
+from spectrim.calibrate.statistics import Cosine, Fisher, FisherColumns, Gram, Norm, Statistic, SublayerCosine
 
 CPU = torch.device("cpu")
 
@@ -77,19 +77,50 @@ def test_fisher_sums_squared_gradients_over_outputs_and_sequences() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
 
 
+def test_fisher_by_entry_sums_squared_gradients_over_sequences() -> None:
+    gradients = [tokens(5, 4, seed) for seed in range(3)]
+    expected = sum(gradient.double().square() for gradient in gradients)
+    found = measured(Fisher(), 4, *((gradient,) for gradient in gradients))
+    assert found.dtype == torch.float32 and found.shape == (5, 4)
+    torch.testing.assert_close(found.double(), expected, rtol=2e-7, atol=0)
+    columns = measured(FisherColumns(), 4, *((gradient,) for gradient in gradients))
+    torch.testing.assert_close(found.double().sum(0), columns, rtol=2e-7, atol=0)
+
+
+def test_fisher_by_entry_keeps_what_half_precision_would_lose() -> None:
+    """Squares of bfloat16 gradients below what float16 holds, thousands of them beside a large one."""
+    large, small = torch.full((2, 3), 3.0), torch.full((2, 3), 1e-2, dtype=torch.bfloat16)
+    found = measured(Fisher(), 3, (large,), *[(small,)] * 2000)
+    expected = 9 + 2000 * float(small[0, 0]) ** 2
+    assert found.double().flatten().tolist() == pytest.approx([expected] * 6, rel=2000 * 6e-8)
+    tiny = measured(Fisher(), 3, (torch.full((2, 3), 1e-15, dtype=torch.bfloat16),))
+    assert float(tiny[0, 0]) == pytest.approx(1e-30, rel=2e-2)
+
+
+def test_fisher_by_entry_changes_neither_the_gradient_nor_another_state() -> None:
+    gradient = tokens(5, 4, 0)
+    kept, first, second = gradient.clone(), Fisher().start(4, CPU), Fisher().start(4, CPU)
+    Fisher().update(first, gradient)
+    assert torch.equal(gradient, kept)
+    assert Fisher().result(second).shape == (0, 4), "no gradient, no rows"
+
+
 def test_where_each_is_taken_and_what_needs_gradients() -> None:
-    where = {type(s).__name__: s.where for s in (Gram(), Norm(), Cosine(), SublayerCosine(), FisherColumns())}
+    where = {type(s).__name__: s.where for s in (Gram(), Norm(), Cosine(), SublayerCosine(), FisherColumns(), Fisher())}
     assert where == {
         "Gram": "input", "Norm": "input", "Cosine": "block", "SublayerCosine": "sublayer", "FisherColumns": "gradient",
+        "Fisher": "gradient",
     }  # fmt: skip
-    assert FisherColumns().needs_gradient
+    assert FisherColumns().needs_gradient and Fisher().needs_gradient
     assert not any(s.needs_gradient for s in (Gram(), Norm(), Cosine(), SublayerCosine()))
 
 
 def test_settings_tell_statistics_apart() -> None:
     assert Gram() == Gram() and hash(Norm(1)) == hash(Norm(1))
-    assert len({Norm(1), Norm(2), Gram(), Cosine(), SublayerCosine(), FisherColumns()}) == 6
-    assert len({repr(s) for s in (Norm(1), Norm(2), Gram(), Cosine(), SublayerCosine(), FisherColumns())}) == 6
+    assert len({Norm(1), Norm(2), Gram(), Cosine(), SublayerCosine(), FisherColumns(), Fisher()}) == 7
+    assert (
+        len({repr(s) for s in (Norm(1), Norm(2), Gram(), Cosine(), SublayerCosine(), FisherColumns(), Fisher())}) == 7
+    )
 
 
 def test_a_statistic_that_does_not_say_how_it_works_is_an_error() -> None:

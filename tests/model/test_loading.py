@@ -37,7 +37,8 @@ SIZES: list[dict[str, Any]] = [
     {"format": "low_rank", "rank": 5},
     {"format": "pivot", "rank": 4, "side": "rows"},
     {"format": "pivot", "rank": 4, "side": "columns", "kept": 3},
-    {"format": "low_rank_sparse", "rank": 3, "nnz": 60},
+    {"format": "low_rank_sparse", "rank": 3, "nnz": 60, "index": "csr"},
+    {"format": "pivot_sparse", "rank": 3, "nnz": 60, "index": "mask"},
     {"format": "low_rank_columns", "rank": 4, "kept": 5},
 ]
 WITH_RANK_0: list[dict[str, Any]] = [*SIZES, {"format": "low_rank", "rank": 0}]
@@ -258,7 +259,7 @@ def test_other_dtypes(model: PreTrainedModel, saved: Path, dtype: torch.dtype | 
     loaded = loading.load(saved, dtype=dtype, device_map="cpu")
     wanted = torch.float32 if dtype == "auto" else dtype
     assert {p.dtype for p in loaded.parameters()} == {wanted}
-    assert {t.dtype for t in loaded.state_dict().values()} == {wanted, torch.int32}
+    assert {t.dtype for t in loaded.state_dict().values()} == {wanted, torch.int32, torch.int16, torch.uint8}
     torch.testing.assert_close(logits(loaded).float(), logits(model), atol=0.3, rtol=0.1)
 
 

@@ -16,6 +16,8 @@ from spectrim.core.plan import Choice, Part, Plan, Target
 
 # What a user writes as a group's `format`, and the module format of its rank units.
 RANK_FORMATS = {"plain": "low_rank", "pivot": "pivot"}
+# What the format of a rank becomes when a sparse part stands beside it.
+WITH_ENTRIES = {"low_rank": "low_rank_sparse", "pivot": "pivot_sparse"}
 
 
 def rank_cost(format: str, part: Part, rank: int) -> int:
@@ -82,6 +84,9 @@ def _module_cost(choice: Choice, part: Part, out_features: int, in_features: int
     rank, columns = choice.counts.get("rank", 0), choice.counts.get("column", 0)
     if format == "dense":
         return out_features * in_features
+    for plain, sparse in WITH_ENTRIES.items():
+        if format == sparse:
+            return rank_cost(plain, part, rank) + choice.counts["entry"]
     if columns == 0:
         return rank_cost("low_rank" if format == "low_rank_columns" else format, part, rank)
     if format == "low_rank_columns":

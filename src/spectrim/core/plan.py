@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -83,7 +83,7 @@ class Choice:
     """What one target becomes: the format of each of its modules, and how many units of each kind stay.
 
     `bias` says that its modules have a bias, where the dense ones may have lacked it. `keep` lists, by kind, which
-    units stay where that does not follow from their number.
+    units stay where that does not follow from their number. A count of entries is one of numbers kept of a sparse part.
     """
 
     formats: Mapping[str, str]
@@ -114,7 +114,12 @@ class Candidate:
     `tensors()` holds what the method keeps (for rank units `left`, out × n orthonormal columns, best first, and
     `right` only where it is not leftᵀ W); `weights()` the dense matrices by module name, out × in; `statistics()`
     those that the method says it keeps. All are read when asked. fixed_cost: parameters at no units at all (of a bias
-    that the dense module lacked).
+    that the dense module lacked). learned: what an allocator that trains made of it, any of
+
+    - order: indices of the rank units, best first, in place of their own order;  entries: those of the entries;
+    - scale: n numbers, one for each rank unit, which multiply it, also in a dense module;
+    - left out × q and right q × in: further directions, which come before all others and are part of a rank kept;
+    - offset: out numbers added to the bias.
     """
 
     target: Target
@@ -124,6 +129,7 @@ class Candidate:
     format: str = "low_rank"
     fixed_cost: int = 0
     statistics: Measured = dict
+    learned: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def rank_units(self) -> Units:
@@ -152,14 +158,47 @@ class Candidate:
 
         low_rank and pivot: `left` out × r and `right` r × in, each direction's norm split evenly. Kept columns:
         `right` r × (in − c) over the other inputs in rising order, `columns` c and `kept` out × c. dense: `weight`,
-        and `rows`, the outputs that stay, if not all do. Any may have `offset` out, which is added to the bias.
+        and `rows`, the outputs that stay, if not all do. Beside a sparse part `entries`, its places row · in + column
+        in rising order, and `values`. Any may have `offset` out, which is added to the bias.
         """
         (part,) = self.target.parts
-        tensors, rank = self.tensors(), choice.counts["rank"]
-        left = tensors["left"][:, :rank]
-        weight = self.weights()[part.module].to(left)
-        right = tensors["right"][:rank] if "right" in tensors else left.T @ weight
-        return {part.module: dict(zip(("left", "right"), balance(left, right), strict=True))}
+        weight = self.weights()[part.module]
+        if choice.formats[part.module] == "dense":
+            made = {"weight": self._rescaled(weight)}
+        else:
+            left, right = self._directions(choice.counts["rank"], weight)
+            made = dict(zip(("left", "right"), balance(left, right), strict=True))
+        return {part.module: {**made, **({"offset": self.learned["offset"]} if "offset" in self.learned else {})}}
+
+    def _directions(
+        self, rank: int, weight: Float[Tensor, "out in"]
+    ) -> tuple[Float[Tensor, "out r"], Float[Tensor, "r in"]]:
+        """The factors of `rank` directions, learned ones first, the others scaled."""
+        tensors, learned = self.tensors(), self.learned
+        own = rank - (learned["left"].shape[1] if "left" in learned else 0)
+        assert own >= 0, f"{self.target.name} has {-own} more learned directions than its rank of {rank}"
+        kept = learned["order"][:own] if "order" in learned else torch.arange(own)
+        left = tensors["left"][:, kept]
+        right = tensors["right"][kept].to(left) if "right" in tensors else left.T @ weight.to(left)
+        if "scale" in learned:
+            right = learned["scale"][kept, None].to(right) * right
+        if "left" in learned:
+            left, right = (
+                torch.cat([learned["left"].to(left), left], dim=1),
+                torch.cat([learned["right"].to(right), right]),
+            )
+        return left, right
+
+    def _rescaled(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """The dense weight with what was learned in it."""
+        tensors, changed = self.tensors(), weight.clone()
+        if "scale" in self.learned:
+            left = tensors["left"]
+            right = tensors["right"].to(left) if "right" in tensors else left.T @ weight.to(left)
+            changed += ((left * (self.learned["scale"].to(left) - 1)) @ right).to(weight)
+        if "left" in self.learned:
+            changed += (self.learned["left"] @ self.learned["right"]).to(weight)
+        return changed
 
     def priced(self, format: str, cost: int | Int[Tensor, "n"]) -> Candidate:
         """The same candidate with its rank units stored in another format, at that format's costs."""
@@ -171,13 +210,17 @@ class Candidate:
 class Plan:
     """What was picked for all targets; a target without a choice stays dense, bit for bit.
 
-    budget: parameters that may be kept over the targets; spent: those kept, dense ones counted whole.
+    budget: parameters that may be kept over the targets; spent: those kept, dense ones counted whole. learned: by
+    target what its candidate is to have as `learned`; tensors, so no part of the JSON. curves: of a training, what each
+    step reported, by name.
     """
 
     choices: Mapping[str, Choice]
     budget: int
     spent: int
     notes: tuple[str, ...] = field(default=())
+    learned: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    curves: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON data, choices in order of their names."""
@@ -186,13 +229,14 @@ class Plan:
             "spent": self.spent,
             "choices": {name: asdict(self.choices[name]) for name in sorted(self.choices)},
             "notes": list(self.notes),
+            **({"curves": {name: list(values) for name, values in self.curves.items()}} if self.curves else {}),
         }
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Plan:
         """Inverse of `to_json`."""
         choices = {name: choice_from_json(choice) for name, choice in data["choices"].items()}
-        return Plan(choices, data["budget"], data["spent"], tuple(data["notes"]))
+        return Plan(choices, data["budget"], data["spent"], tuple(data["notes"]), curves=data.get("curves", {}))
 
     def dumps(self) -> str:
         """The plan as text."""
@@ -209,4 +253,9 @@ def merge(plans: list[Plan]) -> Plan:
     """One plan of several over disjoint targets."""
     choices = {name: choice for plan in plans for name, choice in plan.choices.items()}
     notes = tuple(note for plan in plans for note in plan.notes)
-    return Plan(choices, sum(p.budget for p in plans), sum(p.spent for p in plans), notes)
+    learned = {name: tensors for plan in plans for name, tensors in plan.learned.items()}
+    curves: dict[str, Sequence[float]] = {}
+    for plan in plans:
+        for name, values in plan.curves.items():
+            curves[name if name not in curves else f"{name} {sum(name in known for known in curves) + 1}"] = values
+    return Plan(choices, sum(p.budget for p in plans), sum(p.spent for p in plans), notes, learned, curves)

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from spectrim.core.plan import Candidate, Choice, Measured, Plan, Target, Tensors, Units
+from spectrim.core.plan import Candidate, Choice, Kind, Measured, Plan, Target, Tensors, Units
 from spectrim.core.progress import Progress, silent
 
 # Statistic objects live in calibrate.statistics; core only passes them on.
@@ -49,6 +49,16 @@ class Decomposer(Protocol):
     def whole(self) -> bool:
         """Whether it works on FFNs as wholes (role `ffn`), not on single matrices."""
         return False
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kinds of units that its candidates have, the first being those of `Candidate.first`."""
+        return ("channel",) if self.whole else ("rank",)
+
+    @property
+    def scalable(self) -> bool:
+        """Whether its rank units may be chosen singly and scaled: their candidate's cut heeds what was learned."""
+        return self.kinds == ("rank",)
 
     @property
     def adds_bias(self) -> bool:
@@ -108,6 +118,22 @@ class Live(Protocol):
         ...
 
 
+@runtime_checkable
+class Trainable(Live, Protocol):
+    """The model in memory for allocators that train on it."""
+
+    @property
+    def model(self) -> Any:
+        """The module itself, in evaluation mode."""
+        ...
+
+    def answer(
+        self, ids: Int[Tensor, "batch length"], recompute: bool = False
+    ) -> Float[Tensor, "batch length vocabulary"]:
+        """The logits of the whole model, with gradients if they are on; recompute: activations once a block only."""
+        ...
+
+
 # remember(name, fields, make): tensors kept in the work directory under these fields and all that the problem comes
 # from but its budget; made now if they are not there.
 Remember = Callable[[str, Mapping[str, Any], Callable[[], Mapping[str, Tensor]]], Mapping[str, Tensor]]
@@ -116,6 +142,46 @@ Remember = Callable[[str, Mapping[str, Any], Callable[[], Mapping[str, Tensor]]]
 def forgetful(name: str, fields: Mapping[str, Any], make: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
     """A `remember` without a work directory."""
     return make()
+
+
+@runtime_checkable
+class Slot(Protocol):
+    """A place in the work directory for a training that is under way: always a whole state, the last one saved."""
+
+    def load(self) -> Mapping[str, Tensor] | None:
+        """The state, None where there is none."""
+        ...
+
+    def save(self, state: Mapping[str, Tensor]) -> None:
+        """Replace the state, at once or not at all."""
+        ...
+
+    def clear(self) -> None:
+        """Remove it: the training is done."""
+        ...
+
+
+class Memory:
+    """A slot without a work directory."""
+
+    def __init__(self) -> None:
+        self.state: Mapping[str, Tensor] | None = None
+
+    def load(self) -> Mapping[str, Tensor] | None:
+        """The state, None where there is none."""
+        return self.state
+
+    def save(self, state: Mapping[str, Tensor]) -> None:
+        """Replace the state by a copy."""
+        self.state = {name: tensor.detach().clone() for name, tensor in state.items()}
+
+    def clear(self) -> None:
+        """Remove it."""
+        self.state = None
+
+
+# slot(name, fields): keyed as `Remember` is.
+Slots = Callable[[str, Mapping[str, Any]], Slot]
 
 
 @dataclass(frozen=True)
@@ -135,6 +201,7 @@ class Problem:
     statistics: Mapping[int, Statistics] | None = None
     live: Live | None = None
     remember: Remember = forgetful
+    slot: Slots = field(default=lambda name, fields: Memory())
     progress: Progress = silent
     fixed: Mapping[str, int] = field(default_factory=dict)
 
@@ -148,7 +215,7 @@ class Problem:
 class Allocator(Protocol):
     """Spends a budget over targets. A frozen dataclass: its fields are its settings.
 
-    A class that names this one as its base has the default of `check`.
+    A class that names this one as its base has the defaults of `learns`, `refuses` and `check`.
     """
 
     @property
@@ -165,6 +232,15 @@ class Allocator(Protocol):
     def grain(self) -> int:
         """Its coarsest step, in units."""
         ...
+
+    @property
+    def learns(self) -> bool:
+        """Whether it trains on the model: its candidates keep every direction, and none is made anew afterwards."""
+        return False
+
+    def refuses(self, decomposer: Decomposer) -> str:
+        """Why candidates of that decomposer are none that it can choose from; empty: they are."""
+        return ""
 
     def check(self, problem: Problem) -> None:
         """Raise ValueError where shapes alone, all that `problem` has, say that there is no plan: before a run."""

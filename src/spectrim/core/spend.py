@@ -156,7 +156,11 @@ def rank_steps(format: str, part: Part, fixed: int = 0) -> Int[Tensor, "n"]:
 
 
 def least_steps(
-    targets: Sequence[Target], format: str, budget: int, least: int, fixed: Mapping[str, int] | None = None
+    targets: Sequence[Target],
+    format: str,
+    budget: int,
+    least: int | Mapping[str, int],
+    fixed: Mapping[str, int] | None = None,
 ) -> tuple[dict[str, Int[Tensor, "_"]], dict[str, int], int]:
     """By target the costs of its steps, and how many are floors; what biases cost. ValueError as `spend_ranks`."""
     costs: dict[str, Int[Tensor, "_"]] = {}
@@ -165,13 +169,15 @@ def least_steps(
         part, bias = single(target), (fixed or {}).get(target.name, 0)
         costs[target.name] = rank_steps(format, part, bias)
         largest = len(costs[target.name]) - 1
-        floors[target.name] = min(least, largest) if largest else 1
+        floor = least if isinstance(least, int) else least[target.name]
+        floors[target.name] = min(floor, largest) if largest else 1
         base += bias if largest else 0
     lowest = base + sum(int(costs[name][:floor].sum()) for name, floor in floors.items())
     if lowest > budget:
         dense = sum(target.parameters for target in targets)
+        said = f"rank {least}" if isinstance(least, int) else "the least rank"
         raise ValueError(
-            f"ratio too large: it leaves {budget:,} parameters, but rank {least} everywhere needs {lowest:,} of "
+            f"ratio too large: it leaves {budget:,} parameters, but {said} everywhere needs {lowest:,} of "
             f"{dense:,}; the largest possible ratio here is {(dense - lowest) * 10**4 // dense / 10**4}"
         )
     return costs, floors, base

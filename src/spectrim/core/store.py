@@ -88,6 +88,10 @@ class Store:
                 "finished work is kept"
             ) from error
 
+    def remove(self, kind: str, fields: Mapping[str, Any], suffix: str = "safetensors") -> None:
+        """Remove that artifact, if it is there."""
+        self.path(kind, fields, suffix).unlink(missing_ok=True)
+
     def load(self, kind: str, fields: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
         """The stored tensors, those whose names begin with `prefix`. Raises StoreError if they cannot be read."""
         path = self.path(kind, fields, "safetensors")

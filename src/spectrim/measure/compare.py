@@ -52,7 +52,8 @@ class Row:
     KL(dense ‖ compressed) on the first text, nats a token. parameters: of the targets and of the model, before and
     kept, counted in the files. seconds: compress and evaluate. made: artifacts this cell added to the store, by kind.
     peak_memory_bytes: resident high-water mark of the process that compressed (of the GPU: device_memory_bytes). tasks:
-    acc and acc_norm with stderr. best: the texts on which no other comparable cell of its format and ratio loses less.
+    acc and acc_norm with stderr. curves: what each step of a training reported, by name. best: the texts on which no
+    other comparable cell of its format and ratio loses less.
     """
 
     recipe: str
@@ -71,6 +72,7 @@ class Row:
     device_memory_bytes: int | None = None
     tasks: dict[str, dict[str, float | None]] = field(default_factory=dict)
     recipe_hash: str | None = None
+    curves: dict[str, list[float]] = field(default_factory=dict)
     directory: str | None = None
     comparable: bool = False
     best: list[str] = field(default_factory=list)
@@ -238,8 +240,8 @@ class _Run:
             for name in ("cells", "models"):
                 if (self.out / name).exists():
                     shutil.rmtree(self.out / name)
-            for suffix in ("json", "md", "png", "svg"):
-                (self.out / f"compare.{suffix}").unlink(missing_ok=True)
+            for made in ("compare.json", "compare.md", *plot.FIGURES):
+                (self.out / made).unlink(missing_ok=True)
         elif self.out.exists() and (not self.out.is_dir() or any(p.name != "work" for p in self.out.iterdir())):
             raise ValueError(f"{self.out} is no directory of a comparison; nothing was changed. Give another --out")
         write_json(request, asked)
@@ -318,6 +320,7 @@ class _Run:
             bytes=stored["bytes"], index_bytes=stored["index_bytes"], recipe_hash=done.summary["recipe_hash"],
             peak_memory_bytes=done.peak_memory_bytes, device_memory_bytes=done.device_memory_bytes,
             made=dict(sorted((_artifacts(self.work) - before).items())),
+            curves=done.summary["plan"].get("curves", {}),
         )  # fmt: skip
         row = self._measured(row, self._open(directory), self.dense)
         return replace(row, seconds={"compress": done.seconds, "evaluate": time.perf_counter() - started})

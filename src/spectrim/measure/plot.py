@@ -10,6 +10,7 @@ from typing import Any
 
 from spectrim.core.store import write_atomically
 
+FIGURES = ("compare.png", "compare.svg", "training.png", "training.svg")
 _MARKERS = "osD^vP*X<>"
 _BEST, _OUTSIDE = "★", "(not comparable)"
 LEGEND = (
@@ -106,10 +107,37 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def write_figure(data: Mapping[str, Any], directory: Path) -> None:
-    """`compare.png` and `compare.svg`. Raises ValueError as `figure` does."""
-    drawn = figure(data)
-    for kind in ("png", "svg"):
-        write_atomically(directory / f"compare.{kind}", partial(drawn.savefig, format=kind, dpi=150))
+    """`compare.png` and `compare.svg`; `training` likewise where something was trained. ValueError as `figure`."""
+    drawn = {"compare": figure(data)}
+    if any(row.get("curves") for row in data["rows"]):
+        drawn["training"] = training(data)
+    for name, each in drawn.items():
+        for kind in ("png", "svg"):
+            write_atomically(directory / f"{name}.{kind}", partial(each.savefig, format=kind, dpi=150))
+
+
+def training(data: Mapping[str, Any]) -> Any:
+    """What each step of every training reported: a row of panels a recipe, a line a format and ratio."""
+    check()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    trained = [row for row in data["rows"] if row.get("curves")]
+    names = {recipe: [row for row in trained if row["recipe"] == recipe] for recipe in data["recipes"]}
+    names = {recipe: rows for recipe, rows in names.items() if rows}
+    across = max(len(rows[0]["curves"]) for rows in names.values())
+    drawn = Figure(figsize=(1 + 3.2 * across, 0.5 + 2.8 * len(names)), layout="constrained")
+    FigureCanvasAgg(drawn)
+    panels = drawn.subplots(len(names), across, squeeze=False)
+    for line, (recipe, rows) in zip(panels, names.items(), strict=True):
+        for panel in line[len(rows[0]["curves"]) :]:
+            panel.set_axis_off()
+        for panel, name in zip(line, rows[0]["curves"], strict=False):
+            panel.set(title=f"{recipe}: {name}", xlabel="step")
+            for row in rows:
+                panel.plot(row["curves"][name], label=f"{row['format']} {row['ratio']:g}", linewidth=1)
+        line[0].legend()
+    return drawn
 
 
 def figure(data: Mapping[str, Any]) -> Any:

@@ -18,9 +18,8 @@ Each finished trial is remembered: a run that was killed proposes the same again
 
 Deviations. Numbers are shares up to a common factor, which the budget decides: every plan tried spends the whole of it,
 where the paper allows up to 10 points less; so trials differ in where parameters are, not in how many. The process is
-optuna's (Matérn 5/2, length scales and noise fitted), with quasi-random first points; the paper sets its length scales.
-Validation windows are the first ones of calibration. Covariances are merged exactly; the public code shrinks the part
-between sequences.
+optuna's (Matérn 5/2, length scales and noise fitted), with quasi-random first points. Validation windows are the first
+ones of calibration. Covariances are merged exactly; the public code shrinks the part between sequences.
 """
 
 from __future__ import annotations
@@ -150,6 +149,8 @@ class PooledCovarianceSVD(Decomposer):
 
     def __post_init__(self) -> None:
         PooledCovariance(self.group)  # which checks it
+
+    scalable = False  # the offset is that of the directions left out, as they are
 
     @property
     def needs(self) -> tuple[Statistic, ...]:

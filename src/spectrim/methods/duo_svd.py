@@ -67,6 +67,11 @@ class ColumnSVD(Decomposer):
         return "spectrim.methods.svd.WhitenedSVD()"
 
     @property
+    def scalable(self) -> bool:
+        """No: columns are chosen for a number of ranks."""
+        return False
+
+    @property
     def needs(self) -> tuple[Statistic, ...]:
         """The Gram of the inputs."""
         return (Gram(),)

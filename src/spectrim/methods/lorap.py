@@ -57,6 +57,7 @@ class ChannelCandidate(Candidate):
         Raises ValueError for units other than channels, and for more than there are.
         """
         best_first = self.tensors()["order"]
+        best_first = best_first[self.learned["order"]] if "order" in self.learned else best_first
         if kind != "channel" or not 0 <= count <= len(best_first):
             raise ValueError(f"{self.target.name} has {len(best_first)} units of kind channel, not {count} of {kind}")
         protected = self.protected if count > self.protected else 0

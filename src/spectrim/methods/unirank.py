@@ -99,6 +99,8 @@ class UniRank(Allocator):
         energies = weight * _shares(target, candidate, self.energy_power)
         costs = rank_steps(problem.format, single(target), problem.fixed.get(target.name, 0))
         beyond = len(costs) - 1
+        # a spectrum may end early: of the low-rank part of a matrix, say
+        energies = torch.nn.functional.pad(energies, (0, max(0, beyond + 1 - len(energies))))
         if self.cost_mode == "none":
             return energies[: beyond + 1]
         values = torch.cat([energies[:beyond], energies[beyond:].sum(0, keepdim=True)])

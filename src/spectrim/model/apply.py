@@ -46,7 +46,16 @@ class Placed:
     @property
     def layout(self) -> dict[str, dict[str, Any]]:
         """The layout to save: what needs modules of ours."""
-        return {name: spec for name, spec in self.specs.items() if not (self.config and spec["format"] == "dense")}
+        return {
+            name: spec
+            for name, spec in self.specs.items()
+            if not (spec["format"] == "dense" and (self.config or spec == self._dense(name)))
+        }
+
+    def _dense(self, name: str) -> dict[str, Any]:
+        """The spec of a module as it was."""
+        part = next(part for part in self.owners[name].parts if part.module == name)
+        return {"format": "dense", "in": part.in_features, "out": part.out_features, "bias": part.bias}
 
 
 def placed(plan: Plan, structure: targets.Structure, model: PreTrainedModel) -> Placed:
@@ -70,6 +79,9 @@ def spec_of(choice: Choice, target: Target, part: Part) -> dict[str, Any]:
     spec["rank"] = choice.counts["rank"]
     if format == "low_rank_columns":
         spec["kept"] = columns
+    if format in budget.WITH_ENTRIES.values():
+        nnz = choice.counts["entry"]
+        spec |= {"nnz": nnz, "index": modules.smaller_index(out_features, in_features, nnz)}
     if format == "pivot":
         spec["side"] = "columns" if columns else "rows"
         if columns:
@@ -83,12 +95,18 @@ def form(spec: Mapping[str, Any], cut: Mapping[str, Tensor], dtype: torch.dtype)
         return {"weight": cut["weight"].to(dtype)}
     if spec["format"] == "pivot":
         return _pivot(spec, cut, dtype)
+    if "nnz" in spec:
+        sparse = {"values": cut["values"].to(dtype), **modules.stored_index(spec, cut["entries"])}
+        pair = {**spec, "format": "pivot", "side": "rows"} if spec["format"] == "pivot_sparse" else None
+        return sparse | (_pivot(pair, cut, dtype) if pair else _pair(spec, cut, dtype))
     tensors = {}
     if spec["format"] == "low_rank_columns":
         tensors = {"kept.weight": cut["kept"].to(dtype), "columns": cut["columns"].to(torch.int32)}
-    if spec["rank"]:
-        tensors |= {"left.weight": cut["left"].to(dtype), "right.weight": cut["right"].to(dtype)}
-    return tensors
+    return tensors | _pair(spec, cut, dtype)
+
+
+def _pair(spec: Mapping[str, Any], cut: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {f"{side}.weight": cut[side].to(dtype) for side in ("left", "right") if spec["rank"]}
 
 
 def _pivot(spec: Mapping[str, Any], cut: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -125,7 +125,6 @@ def _record(model: PreTrainedModel, structure: Structure, inputs: dict[str, Any]
     )
 
 
-@torch.no_grad()
 def finish(
     model: PreTrainedModel,
     structure: Structure,
@@ -137,7 +136,8 @@ def finish(
     Each stands for its block in the kind of answer too, a tensor or a tuple: callers do not take the one for the other.
     """
     originals = list(model.get_submodule(structure.blocks).children())
-    tupled = _answers_tuple(model, structure, ids[:1, :1])
+    with torch.no_grad():
+        tupled = _answers_tuple(model, structure, ids[:1, :1])
     with _replaced(model, structure.blocks, [_Injector(block, state, tupled) for block in originals]):
         logits: Tensor = model(input_ids=ids, use_cache=False).logits
     return logits

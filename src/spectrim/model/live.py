@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from spectrim.core.plan import Candidate, Choice, Plan
@@ -17,7 +18,7 @@ from spectrim.model.blocks import Batch, Call
 from spectrim.model.targets import Structure
 
 # What measures a choice needs only its product: pivots are chosen when the plan is written.
-_PLAIN = {"pivot": "low_rank"}
+_PLAIN = {"pivot": "low_rank", "pivot_sparse": "low_rank_sparse"}
 
 
 class Installed:
@@ -72,6 +73,27 @@ class Installed:
         self, ids: Int[Tensor, "batch length"], state: Float[Tensor, "batch length hidden"]
     ) -> Float[Tensor, "batch length vocabulary"]:
         """What follows the blocks, from the state leaving the last one."""
+        return blocks.finish(self.model, self.structure, ids.to(self.model.device), state)
+
+    def answer(
+        self, ids: Int[Tensor, "batch length"], recompute: bool = False
+    ) -> Float[Tensor, "batch length vocabulary"]:
+        """The logits with what is installed, with gradients if they are on.
+
+        recompute: keep only the state entering each block for the way back, and run each block again there.
+        """
+        known = _key(ids) in self._calls
+        state, calls = self._recorded(ids)
+        if not known and len(self._calls) > 1:  # batches of a training do not come back: one is kept to share with
+            del self._calls[_key(ids)]
+        for index in range(self.blocks):
+            block = self.model.get_submodule(self.structure.block(index))
+            again = recompute and torch.is_grad_enabled()
+            state = (
+                checkpoint(blocks.run, block, state, calls[index], use_reentrant=False)
+                if again
+                else blocks.run(block, state, calls[index])
+            )
         return blocks.finish(self.model, self.structure, ids.to(self.model.device), state)
 
     def built(self, target: str, choice: Choice) -> Mapping[str, nn.Module]:

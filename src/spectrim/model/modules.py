@@ -30,6 +30,7 @@ class Format(nn.Module):
         self.in_features, self.out_features = self._spec["in"], self._spec["out"]
         new = torch.empty(self.out_features, device=device, dtype=dtype) if self._spec["bias"] else None
         self.bias = None if new is None else nn.Parameter(new)
+        self.register_load_state_dict_post_hook(_derived)  # runs once the children have their tensors too
 
     def spec(self) -> dict[str, Any]:
         """Return the spec (JSON) from which `empty` makes a module of this shape."""
@@ -47,7 +48,7 @@ class Format(nn.Module):
         """Return a module that holds copies of `tensors`, keyed by their state-dict names, and of `bias`.
 
         Tensors without entries may be given or left out. ValueError: a tensor that is missing, not wanted, or of a
-        shape other than the spec's; indices that are out of range or doubled.
+        shape other than the spec's; indices that are out of range, doubled or out of order.
         """
         module = cls.empty(spec, device="meta")
         wanted = module.state_dict()
@@ -60,11 +61,13 @@ class Format(nn.Module):
             if tensor.shape != wanted[name].shape:
                 shapes = f"{tuple(tensor.shape)}, the spec {module.spec()} needs {tuple(wanted[name].shape)}"
                 raise ValueError(f"tensor {name!r} has the shape {shapes}")
-            tensor = tensor if wanted[name].is_floating_point() else tensor.to(torch.int32)
+            if not wanted[name].is_floating_point():
+                given_as, tensor = tensor, tensor.to(wanted[name].dtype)
+                if (given_as != tensor).any():
+                    raise ValueError(f"tensor {name!r} holds numbers that {tensor.dtype} does not")
             # A view of a larger tensor would keep all of it alive, and could not be saved.
             given[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
         module.load_state_dict(given, assign=True)
-        module.derive()  # load_state_dict derives before the children have their tensors
         return module
 
     def derive(self) -> None:
@@ -92,10 +95,6 @@ class Format(nn.Module):
 
     def _biased(self, y: Tensor) -> Tensor:
         return y if self.bias is None else y + self.bias.to(y.dtype)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self.derive()
 
 
 class ResizedLinear(Format, nn.Linear):  # type: ignore[misc]
@@ -183,56 +182,54 @@ class LowRankColumns(LowRank):
         return self._biased(self.kept(x[..., :kept]) + self._pair(x[..., kept:]))
 
 
-class LowRankSparse(LowRank):
-    """y = left(right(x)) + S x + bias, S out × in with nnz entries: `values` and, in CSR order, int32 indices.
+class Sparse(Format):
+    """What formats with a sparse part share: y gains S x, S out × in with nnz entries, `values`, row after row.
 
-    `row_starts` (out + 1) and `columns` (nnz) are the CSR indices of S. Measured, one CPU thread, 2048 × 2048, ms at
-    1 / 256 tokens: at 3 % CSR 0.08 / 6.8, S made full 2.3 / 31; 10 % 0.13 / 13, 1.7 / 28; 30 % 0.37 / 40, 3.1 / 27
-    (bfloat16 0.07 / 4.2, 1.3 / 12; 0.18 / 13, 3.2 / 13; 0.50 / 46, 3.7 / 15); index_add 17 at 5 % and 1 token. CSR runs
-    in float32 or better: CPUs have no bfloat16 one. So S is made full, while it is used, for more than 16 tokens where
-    over one entry in eight is kept, or off the CPU (not measured there).
+    Their places are stored as the spec's `index` says. csr: `row_starts` int32 (out + 1), `columns` (nnz), rising in
+    each row, int16 for up to 32768 inputs, else int32. mask: `mask` uint8, out × ceil(in / 8), input j bit j % 8, the
+    lowest first, of byte j // 8; unused bits are 0. In memory also int32 `starts` and `inputs`: the CSR indices of S.
     """
 
-    format = "low_rank_sparse"
-    sizes = ("rank", "nnz")
-    row_starts: Tensor
+    sizes: tuple[str, ...] = ("rank", "nnz")
+    starts: Tensor
+    inputs: Tensor
 
     def __init__(self, spec: Mapping[str, Any], device: Any = None, dtype: torch.dtype | None = None) -> None:
         super().__init__(spec, device, dtype)
         self.values = nn.Parameter(torch.empty(self._spec["nnz"], device=device, dtype=dtype))
-        self.register_buffer("row_starts", torch.empty(self.out_features + 1, dtype=torch.int32, device=device))
-        self.register_buffer("columns", torch.empty(self._spec["nnz"], dtype=torch.int32, device=device))
+        for name, (shape, kind) in _index_form(self._spec).items():
+            self.register_buffer(name, torch.empty(shape, dtype=kind, device=device))
+        for name, size in (("starts", self.out_features + 1), ("inputs", self._spec["nnz"])):
+            self.register_buffer(name, torch.empty(size, dtype=torch.int32, device=device), persistent=False)
 
     def derive(self) -> None:
         super().derive()
-        if not self.columns.is_meta and not self.row_starts.is_meta:
-            counts, nnz = self.row_starts.diff(), self._spec["nnz"]
-            if self.row_starts[0] != 0 or self.row_starts[-1] != nnz or (counts < 0).any():
-                raise ValueError(f"row_starts must rise from 0 to nnz = {nnz}")
-            rows = torch.arange(self.out_features, device=counts.device).repeat_interleave(counts)
-            _distinct("columns", self.columns, self.in_features, rows)
+        stored = {name: self.get_buffer(name) for name in _index_form(self._spec)}
+        if not any(tensor.is_meta for tensor in stored.values()):
+            read = _from_mask if self._spec["index"] == "mask" else _from_csr
+            self.starts, self.inputs = read(**stored, size=self.in_features, nnz=self._spec["nnz"])
 
     def _weight(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return super()._weight(dtype, device) + self._rest(self.values.to(dtype))
-
-    def _rest(self, values: Tensor) -> Tensor:
-        rows = torch.arange(self.out_features, device=values.device)
-        rows = rows.repeat_interleave(self.row_starts.diff(), output_size=values.numel())
-        flat = values.new_zeros(self.out_features * self.in_features)
-        return flat.index_put((rows * self.in_features + self.columns,), values).view(self.out_features, -1)
+        low: Tensor = super()._weight(dtype, device)
+        return low + _full(self.values.to(dtype), self.starts, self.inputs, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, self.in_features)
-        values = self.values.to(x.dtype)
-        small = x.device.type == "cpu" and 8 * values.numel() <= self.in_features * self.out_features
-        if (flat.shape[0] <= 16 or small) and not (torch.compiler.is_compiling() and torch.is_grad_enabled()):
-            # Compilers know no sparse tensors: in a compiled graph the product is one opaque operator.
-            product = torch.ops.spectrim.sparse_product if torch.compiler.is_compiling() else _sparse_product
-            y = product(flat, values, self.row_starts, self.columns, self.out_features)
+        flat, values = x.reshape(-1, self.in_features), self.values.to(x.dtype)
+        if flat.device.type != "cpu" and len(flat) > 16:
+            y = nn.functional.linear(flat, _full(values, self.starts, self.inputs, self.in_features))
         else:
-            y = nn.functional.linear(flat, self._rest(values))
+            # Compilers know no sparse tensors, and autograd is slow on them: there the product is one opaque operator.
+            opaque = torch.compiler.is_compiling() or torch.is_grad_enabled()
+            product = torch.ops.spectrim.sparse_product if opaque else _sparse_product
+            y = product(flat, values, self.starts, self.inputs, self.out_features)
         y = y.view(*x.shape[:-1], self.out_features)
-        return self._biased(y if self.left is None else self._pair(x) + y)
+        return super().forward(x) + y if self._spec["rank"] else self._biased(y)
+
+
+class LowRankSparse(Sparse, LowRank):
+    """y = left(right(x)) + S x + bias."""
+
+    format = "low_rank_sparse"
 
 
 class Pivot(Format):
@@ -244,13 +241,13 @@ class Pivot(Format):
     """
 
     format = "pivot"
-    sizes = ("rank",)
+    sizes: tuple[str, ...] = ("rank",)
     order: Tensor
 
     def __init__(self, spec: Mapping[str, Any], device: Any = None, dtype: torch.dtype | None = None) -> None:
         super().__init__(spec, device, dtype)
         rank, kept = self._spec["rank"], self._spec.get("kept", 0)
-        self.by_rows = self._spec["side"] == "rows"
+        self.by_rows = self._spec.get("side", "rows") == "rows"
         size = self.out_features if self.by_rows else self.in_features
         rest = size - kept - rank
         base, mix = (kept + rank, self.out_features), (rest, rank)
@@ -293,7 +290,13 @@ class Pivot(Format):
         return self._biased(self.base(torch.cat([x[..., :kept], z], dim=-1) if kept else z))
 
 
-_KINDS = (ResizedLinear, LowRank, Pivot, LowRankColumns, LowRankSparse)
+class PivotSparse(Sparse, Pivot):
+    """y[order] = [base x; mix base x], plus S x and the bias: the pivot form, side rows, beside a sparse part."""
+
+    format = "pivot_sparse"
+
+
+_KINDS = (ResizedLinear, LowRank, Pivot, LowRankColumns, LowRankSparse, PivotSparse)
 FORMATS: dict[str, type[Format]] = {kind.format: kind for kind in _KINDS}
 
 
@@ -306,16 +309,18 @@ def checked(spec: Mapping[str, Any]) -> dict[str, Any]:
     if kind is Pivot:
         spec = {key: value for key, value in spec.items() if key != "kept" or value != 0}
         keys += ("side", "kept") if "kept" in spec else ("side",)
+    keys += ("index",) if "nnz" in keys else ()
     if set(keys) != set(spec):
         odd = f"missing {sorted(set(keys) - set(spec))}, unknown {sorted(set(spec) - set(keys))}"
         raise ValueError(f"a spec of format {kind.format!r} does not have the right keys: {odd}")
     for key in keys:
         value = spec[key]
-        right = {"format": True, "bias": isinstance(value, bool), "side": value in ("rows", "columns")}
+        right = {"format": True, "bias": isinstance(value, bool), "index": value in ("csr", "mask")}
+        right["side"] = value in ("rows", "columns")
         if not right.get(key, type(value) is int and value >= 0):
             raise ValueError(f"{key!r} of a spec of format {kind.format!r} cannot be {value!r}")
     size, rank, kept = (spec["in"], spec["out"]), spec.get("rank", 0), spec.get("kept", 0)
-    room = min(size[0] - kept, size[1]) if kind is Pivot else rank * (kept < size[0])
+    room = min(size[0] - kept, size[1]) if issubclass(kind, Pivot) else rank * (kept < size[0])
     bad_kept = kept > size[0] or (kept and spec.get("side") == "rows")
     if min(size) == 0 or bad_kept or rank > room or spec.get("nnz", 0) > size[0] * size[1]:
         raise ValueError(f"the sizes do not fit together: {dict(spec)}")
@@ -378,34 +383,146 @@ def _replacement(model: nn.Module, name: str, spec: Mapping[str, Any], dtype: to
 def _linear(size: int, out: int, device: Any, dtype: torch.dtype | None) -> nn.Linear | None:
     if not size or not out:
         return None
-    return nn.utils.skip_init(
-        nn.Linear, size, out, bias=False, device=device or torch.get_default_device(), dtype=dtype
-    )
+    return nn.utils.skip_init(_Factor, size, out, bias=False, device=device or torch.get_default_device(), dtype=dtype)
 
 
-def _distinct(name: str, index: Tensor, below: int, rows: Tensor | None = None) -> None:
-    """Raise ValueError unless the indices are in [0, below) and none comes twice (within a row, if rows are given)."""
+def _derived(module: nn.Module, keys: Any) -> None:
+    module.derive()  # type: ignore[operator]
+
+
+class _Factor(nn.Linear):
+    """A linear layer whose state dict holds its weight row by row, as files do, however it lies in memory."""
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars:
+            destination[f"{prefix}weight"] = destination[f"{prefix}weight"].contiguous()
+
+
+def _distinct(name: str, index: Tensor, below: int) -> None:
+    """Raise ValueError unless the indices are in [0, below) and none comes twice."""
     index = index.long()
-    inside = bool(((index >= 0) & (index < below)).all())
-    keys = index if rows is None else index + below * rows
-    if not inside or keys.unique().numel() != keys.numel():
+    if not bool(((index >= 0) & (index < below)).all()) or index.unique().numel() != index.numel():
         raise ValueError(f"the indices in {name!r} must be distinct and within [0, {below})")
 
 
+def smaller_index(out_features: int, in_features: int, nnz: int) -> str:
+    """Return which index takes fewer bytes for `nnz` entries of out × in, `csr` or `mask`; csr if they tie."""
+    spec = {"out": out_features, "in": in_features, "nnz": nnz}
+    return min(("csr", "mask"), key=lambda index: index_bytes({**spec, "index": index}))
+
+
+def index_bytes(spec: Mapping[str, Any]) -> int:
+    """Return the bytes of a sparse part's stored index: csr 4 (out + 1) + 2 nnz (or 4 nnz), mask out · ceil(in / 8)."""
+    return sum(torch.Size(shape).numel() * kind.itemsize for shape, kind in _index_form(spec).values())
+
+
+def stored_index(spec: Mapping[str, Any], entries: Tensor) -> dict[str, Tensor]:
+    """Return the stored index of a sparse part, by state-dict name, for entries (int64, nnz) at row · in + column.
+
+    ValueError: entries that do not rise, are out of range or not nnz many; a spec without a sparse part.
+    """
+    spec = checked(spec)
+    if "nnz" not in spec:
+        raise ValueError(f"the format {spec['format']!r} has no sparse part")
+    size, room, form = spec["in"], spec["in"] * spec["out"], _index_form(spec)
+    ends = [*entries[:1].tolist(), *entries[-1:].tolist()]
+    if entries.shape != (spec["nnz"],) or (entries.diff() <= 0).any() or any(not 0 <= end < room for end in ends):
+        given = f"given are {tuple(entries.shape)}, first and last {ends}"
+        raise ValueError(f"entries must be {spec['nnz']} rising numbers within [0, {room}); {given}")
+    rows, columns = entries // size, entries % size
+    if spec["index"] == "csr":
+        starts = nn.functional.pad(rows.bincount(minlength=spec["out"]).cumsum(0), (1, 0))
+        return {"row_starts": starts.to(torch.int32), "columns": columns.to(form["columns"][1])}
+    (shape, kind), bits = form["mask"], (1 << columns % 8).to(torch.uint8)
+    mask = torch.zeros(torch.Size(shape).numel(), dtype=kind, device=entries.device)
+    return {"mask": mask.index_add_(0, rows * shape[1] + columns // 8, bits).view(shape)}
+
+
+def _index_form(spec: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Return the shapes and dtypes of a stored index, by state-dict name."""
+    if spec["index"] == "mask":
+        return {"mask": ((spec["out"], -(-spec["in"] // 8)), torch.uint8)}
+    narrow = torch.int16 if spec["in"] <= 2**15 else torch.int32
+    return {"row_starts": ((spec["out"] + 1,), torch.int32), "columns": ((spec["nnz"],), narrow)}
+
+
+def _from_csr(row_starts: Tensor, columns: Tensor, size: int, nnz: int) -> tuple[Tensor, Tensor]:
+    """Return `starts` and `inputs`. ValueError for indices out of range or out of order."""
+    if row_starts[0] != 0 or row_starts[-1] != nnz or (row_starts.diff() < 0).any():
+        raise ValueError(f"row_starts must rise from 0 to nnz = {nnz}")
+    inputs = columns.to(torch.int32)
+    if ((inputs < 0) | (inputs >= size)).any() or (_places(row_starts, inputs, size).diff() <= 0).any():
+        raise ValueError(f"the indices in 'columns' must rise in each row and be within [0, {size})")
+    return row_starts, inputs
+
+
+def _from_mask(mask: Tensor, size: int, nnz: int) -> tuple[Tensor, Tensor]:
+    """Return `starts` and `inputs`. ValueError for bits set beyond the inputs, or another number of them than nnz."""
+    bit, counts, inputs = torch.arange(8, dtype=torch.uint8, device=mask.device), [], []
+    for rows in mask.split(256):  # unpacked, a mask takes eight times its bytes, and its bits' places 128 times
+        bits = (rows.unsqueeze(-1) >> bit & 1).flatten(1)
+        if bits[:, size:].any():
+            raise ValueError(f"the mask has bits set beyond its {size} inputs")
+        counts.append(bits.sum(1))
+        inputs.append(bits.nonzero()[:, 1].to(torch.int32))
+    starts = nn.functional.pad(torch.cat(counts).cumsum(0), (1, 0))
+    if starts[-1] != nnz:
+        raise ValueError(f"the mask has {int(starts[-1])} bits set, its spec says nnz = {nnz}")
+    return starts.to(torch.int32), torch.cat(inputs)
+
+
+def _places(starts: Tensor, columns: Tensor, size: int) -> Tensor:
+    """Return row · size + column of each entry, int64; rows count from that of the first start."""
+    rows = torch.arange(len(starts) - 1, device=starts.device)
+    return rows.repeat_interleave(starts.diff(), output_size=len(columns)).mul_(size).add_(columns)
+
+
+def _full(values: Tensor, starts: Tensor, columns: Tensor, size: int) -> Tensor:
+    """Return S, or the rows of it that the starts are of, with `size` columns; differentiable."""
+    flat = values.new_zeros((len(starts) - 1) * size)
+    return flat.scatter(0, _places(starts, columns, size), values).view(-1, size)
+
+
 def _sparse_product(x: Tensor, values: Tensor, row_starts: Tensor, columns: Tensor, rows: int) -> Tensor:
-    """Return x Sᵀ, tokens × rows, for S in CSR form; computed in float32 or better, differentiable."""
-    wide = torch.promote_types(values.dtype, torch.float32)
-    matrix = torch.sparse_csr_tensor(row_starts, columns, values.to(wide), (rows, x.shape[-1]), check_invariants=False)
+    """Return x Sᵀ, tokens × rows, for S in CSR form; sums are in float32 or better. docs/formats.md says how fast."""
+    (tokens, size), wide = x.shape, torch.promote_types(x.dtype, torch.float32)
+    share, y = values.numel() / (rows * size), x.new_zeros(tokens, rows)
+    if not tokens * share:
+        return y
     with torch.autocast(x.device.type, enabled=False):
-        if x.shape[0] == 1:
-            return (matrix @ x[0].to(wide)).unsqueeze(0).to(x.dtype)
-        return (matrix @ x.to(wide).t()).t().contiguous().to(x.dtype)
+        if tokens <= 8 or x.device.type != "cpu":  # in float32: CPUs have no bfloat16 CSR product
+            csr = torch.sparse_csr_tensor(row_starts, columns, values.to(wide), (rows, size), check_invariants=False)
+            return y.copy_(csr @ x[0].to(wide) if tokens == 1 else (csr @ x.to(wide).t()).t())
+        if tokens * share > 128 and share > (0.25 if x.element_size() == 2 else 0.5):
+            for first in range(0, rows, step := max(1, 2**19 // size)):  # S made full, some rows at a time
+                starts = row_starts[first : first + step + 1]
+                part = slice(int(starts[0]), int(starts[-1]))
+                y[:, first : first + step] = nn.functional.linear(x, _full(values[part], starts, columns[part], size))
+            return y
+        # Each output is a weighted sum of inputs, what embedding_bag is made for. 256 bytes of each input go at a time:
+        # they stay in the cache. bfloat16 and float16 are faster only from 32 tokens on.
+        step, kind = 256 // x.element_size(), wide if tokens < 32 else x.dtype
+        for some, to in zip(x.split(step), y.split(step), strict=True):
+            bag = some.t().to(kind).contiguous(), columns, row_starts, False, 0  # mode 0: sums
+            to.copy_(torch.embedding_bag(*bag, False, values.to(kind), include_last_offset=True)[0].t())
+    return y
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    """Return those of x and values, by dense products: many times as fast as the products' own under autograd."""
+    x, values, starts, columns = ctx.saved_tensors
+    (for_x, for_values, *_), index = ctx.needs_input_grad, (starts, columns, x.shape[1])
+    to_x = grad @ _full(values, *index) if for_x else None
+    return to_x, (grad.t() @ x).flatten()[_places(*index)] if for_values else None, None, None, None
 
 
 # A copy of this file may be loaded beside the package in one process: the operator is defined once.
 if not hasattr(torch.ops.spectrim, "sparse_product"):
     _operator = torch.library.custom_op("spectrim::sparse_product", _sparse_product, mutates_args=())
     _operator.register_fake(lambda x, values, row_starts, columns, rows: x.new_empty(x.shape[0], rows))
+    _keep = lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:4])  # noqa: E731
+    _operator.register_autograd(_gradients, setup_context=_keep)
 
 with warnings.catch_warnings():  # torch says once in a process that CSR tensors are young: let it be here
     warnings.simplefilter("ignore")
