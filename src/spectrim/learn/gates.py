@@ -24,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from spectrim.core import heap
 from spectrim.core.plan import Candidate, Plan, Target
 from spectrim.core.registry import Decomposer, Trainable
 from spectrim.learn.harden import harden
@@ -156,6 +157,7 @@ class Gates:
             self._stack.enter_context(_frozen(self.live.model))
             for name, candidate in self.candidates.items():
                 self._stack.enter_context(self._gated(name, candidate))
+                heap.give_back()  # dense weights let go are too small to leave by themselves
         except BaseException:
             self.__exit__()
             raise

@@ -17,9 +17,8 @@ Needs the model in memory; costs `evaluations` forward passes over the validatio
 Each finished trial is remembered: a run that was killed proposes the same again and goes on.
 
 Deviations. Numbers are shares up to a common factor, which the budget decides: every plan tried spends the whole of it,
-where the paper allows up to 10 points less; so trials differ in where parameters are, not in how many. The process is
-optuna's (Matérn 5/2, length scales and noise fitted), with quasi-random first points. Validation windows are the first
-ones of calibration. Covariances are merged exactly; the public code shrinks the part between sequences.
+where the paper allows up to 10 points less. The process is optuna's (Matérn 5/2, length scales and noise fitted), with
+quasi-random first points. Validation windows are the first of calibration. Covariances are merged exactly.
 """
 
 from __future__ import annotations
