@@ -138,6 +138,7 @@ class SoCo(Allocator):
         if problem.budget >= problem.dense:
             return Plan({}, problem.budget, problem.dense)
         made = problem.remember("soco", _fields(problem), lambda: _Training(self, problem).run())
+        problem.slot("soco", _fields(problem)).clear()  # not before its result is remembered
         return _plan(self, problem, made)
 
     def stage(self, step: int) -> tuple[int, float]:
@@ -260,7 +261,6 @@ class _Training:
             self.teacher = Teacher(self.live, self.gates, self.windows)
             history = trainer.run(soco.steps, self.update, self.after, self.rate, lambda s: STAGES[soco.stage(s)[0]])
             self.gates.set(None)
-        slot.clear()
         with torch.no_grad():
             scores, offsets = self._values(soco.steps)
         return {
