@@ -225,7 +225,7 @@ def test_an_interruption_ends_with_130_and_one_line(
 def test_a_process_of_its_own_prints_one_object_and_nothing_else() -> None:
     done = run("methods", "--json")
     assert done.returncode == 0 and done.stderr == ""
-    assert json.loads(done.stdout).keys() == {"recipe", "decomposer", "allocator"}
+    assert json.loads(done.stdout).keys() == {"recipe", "decomposer", "allocator", "finetune"}
     wrong = run("plan", "somewhere", "--recipe", "defualt", "--json")
     assert wrong.returncode == 2 and wrong.stdout == ""
     assert wrong.stderr.startswith("error: unknown recipe 'defualt': did you mean 'default'?")

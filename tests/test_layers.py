@@ -19,12 +19,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("data", "model"),
     ("calibrate", "learn", "measure.evaluate", "measure.speed"),
     ("methods", "finetune"),
-    ("recipe", "jobs", "stored", "run", "pipeline", "estimate"),
+    ("recipe", "jobs", "stored", "run", "pipeline", "estimate", "tuning"),
     ("measure.compare", "measure.plot", "measure.apart", "measure.zero_shot", "measure.report"),
     ("cli", "commands", "__main__", "__init__"),
 )
 # Layer 3 sees of layer 2 only these.
-SEEN_BY_METHODS = ("calibrate.statistics", "learn.gates", "learn.harden", "learn.training")
+SEEN_BY_METHODS = ("calibrate.statistics", "learn.gates", "learn.harden", "learn.training", "learn.tuning")
 # Files without a folder of their own that may import each other.
 TOGETHER = (
     frozenset(LAYERS[4]),
@@ -33,7 +33,7 @@ TOGETHER = (
     frozenset({"measure.evaluate", "measure.speed"}),
 )
 # The registry has the methods register themselves, when it is first asked and not before.
-LAZY_EXCEPTIONS = {("core.registry", "methods")}
+LAZY_EXCEPTIONS = {("core.registry", "methods"), ("core.finetuner", "finetune")}
 
 EXTRAS = {"datasets", "lm_eval", "peft", "optuna", "matplotlib", "pyarrow"}
 # Shipped inside every checkpoint, where nothing else is at hand.

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from spectrim.model.export import export_dense
     from spectrim.model.loading import load, save
     from spectrim.pipeline import Result, compress
+    from spectrim.tuning import tune
 
-__all__ = ["Result", "compare", "compress", "evaluate", "export_dense", "load", "save"]
+__all__ = ["Result", "compare", "compress", "evaluate", "export_dense", "load", "save", "tune"]
 __version__ = "0.1.0"
 
 _PLACES = {
@@ -29,6 +30,7 @@ _PLACES = {
     "export_dense": "spectrim.model.export",
     "load": "spectrim.model.loading",
     "save": "spectrim.model.loading",
+    "tune": "spectrim.tuning",
 }
 
 _install()

@@ -272,6 +272,52 @@ def _print_comparison(data: Any, out: Path) -> None:
 
 
 @app.command()
+def finetune(
+    model: Annotated[str, typer.Argument(help="A compressed model directory (for `prune` a dense one).")],
+    data: Annotated[str, typer.Option("--data", help="Text, instructions or chats: a file or dataset.")],
+    out: Out,
+    method: Annotated[str, typer.Option("--method", help="How (see `spectrim methods`).")] = "rank_preserving",
+    dense: Annotated[str | None, typer.Option("--dense", help="The dense model that `mixed_rank` needs.")] = None,
+    teacher: Annotated[str | None, typer.Option("--teacher", help="A dense model to learn from (KL).")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Steps of the optimizer.")] = None,
+    epochs: Annotated[float | None, typer.Option("--epochs", help="Passes over the data (default 1).")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Rows a step, over all processes.")] = None,
+    learning_rate: Annotated[float | None, typer.Option("--learning-rate", help="Default: the method's.")] = None,
+    window: Annotated[int | None, typer.Option("--window", help="Tokens in a row.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of the order of rows and of new weights.")] = None,
+    report_to: Annotated[list[str] | None, typer.Option("--report-to", help="wandb, tensorboard, …")] = None,
+    work: Annotated[Path | None, typer.Option("--work", help="Where checkpoints lie (default OUT.work).")] = None,
+    device: Device = "cpu",
+    overwrite: Overwrite = False,
+    trust_remote_code: Trust = False,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="method.KEY=…, train.KEY=…, data.KEY=…")] = None,
+    as_json: Json = False,
+) -> None:
+    """Recover what compression lost: tune a compressed MODEL without giving back a parameter."""
+    with _failures(), _bars() as progress:
+        from spectrim.tuning import tune
+
+        reports = [f"train.report_to=[{', '.join(report_to)}]"] if report_to else []
+        found = tune(
+            model, data, out, method, dense=dense, teacher=teacher, steps=steps, epochs=epochs, batch_size=batch_size,
+            learning_rate=learning_rate, window=window, seed=seed, work=work, device=device, overwrite=overwrite,
+            trust_remote_code=trust_remote_code, settings=[*reports, *(set_ or [])], progress=progress,
+        )  # fmt: skip
+    if as_json:
+        _print_json({**found.record, "run": found.run})
+        return
+    table = Table("", "", title=str(found.directory))
+    losses = [entry["loss"] for entry in found.record["history"]]
+    rows = {name: f"{found.record[name]:,}" for name in ("steps", "trainable_parameters")}
+    rows |= {name: f"{found.record[name]:,}" for name in ("parameters_before", "parameters_after")}
+    for name, value in (rows | {"training loss, first and last": f"{losses[0]:.4f}, {losses[-1]:.4f}"}).items():
+        table.add_row(name.replace("_", " "), value)
+    out_console.print(table)
+    for note in _grouped(found.record["notes"]):
+        err_console.print(note, highlight=False)
+
+
+@app.command()
 def plan(
     model: Model,
     recipe: RecipeName = "default",
@@ -331,15 +377,17 @@ def export(
 
 @app.command()
 def methods(as_json: Json = False) -> None:
-    """List the recipes, decomposers and allocators."""
+    """List the recipes, decomposers, allocators and ways of tuning."""
     with _failures():
         from spectrim import recipe as recipes
         from spectrim.core import registry
+        from spectrim.core.finetuner import finetuners
 
         tables = {
             "recipe": recipes.shipped(),
             "decomposer": {n: (c.__doc__ or "").split("\n")[0] for n, c in registry.decomposers().items()},
             "allocator": {n: (c.__doc__ or "").split("\n")[0] for n, c in registry.allocators().items()},
+            "finetune": {n: (c.__doc__ or "").split("\n")[0] for n, c in finetuners().items()},
         }
     if as_json:
         _print_json(tables)

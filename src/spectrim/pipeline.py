@@ -91,7 +91,7 @@ def compress(
     with _store(work, out) as store:
         with timings.stage("text"):
             windows = _windows(asked, jobs, text, tokenizer, source.model, store)
-        run = Run(source, structure, asked, jobs, windows, torch.device(device), store, timings, progress)
+        run = Run(source, structure, asked, jobs, windows, torch.device(device), store, timings, progress, dtype)
         plan, candidates = run.planned(early)
         return _finish(run, plan, candidates, out, overwrite, dtype)
 

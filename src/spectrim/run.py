@@ -26,7 +26,7 @@ from spectrim.core.store import Store, hash_of
 from spectrim.jobs import Job, allocate
 from spectrim.model import targets
 from spectrim.model.blocks import Batch
-from spectrim.model.checkpoint import Weights
+from spectrim.model.checkpoint import Checkpoint, Weights
 from spectrim.model.live import Installed
 from spectrim.recipe import Recipe
 from spectrim.stored import StoreSlot, packed, unpacked_units
@@ -66,10 +66,11 @@ class Run:
         store: Store,
         timings: Timings,
         progress: Progress,
+        dtype: torch.dtype | None = None,
     ):
         self.source, self.structure, self.asked, self.jobs = source, structure, asked, jobs
         self.windows, self.device, self.store = windows, device, store
-        self.timings, self.progress = timings, progress
+        self.timings, self.progress, self.dtype = timings, progress, dtype
         with timings.stage("fingerprint"):
             self.fingerprint = source.fingerprint()
         self.data = None if windows is None else hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest()
@@ -88,9 +89,8 @@ class Run:
             candidates = self.candidates()
             with self.timings.stage("allocate"):
                 live = _Lazily(lambda: self._live(candidates))
-                chosen = [
-                    done or self._allocate(job, candidates, live) for done, job in zip(early, self.jobs, strict=True)
-                ]
+                pairs = zip(early, self.jobs, strict=True)
+                chosen = [done or self._allocate(job, candidates, live) for done, job in pairs]
             merged = plans.merge(chosen)
             candidates |= {name: replace(candidates[name], learned=made) for name, made in merged.learned.items()}
             plan = self._settled(merged, candidates)
@@ -159,11 +159,8 @@ class Run:
         """What to measure in each block: nothing for what the store has."""
         wanted = {}
         for index in range(self.structure.count):
-            inside = {
-                t: tuple(self.decomposers[t.name].needs)
-                for t in pending
-                if t.blocks[-1] == index and self.decomposers[t.name].needs
-            }
+            own = [t for t in pending if t.blocks[-1] == index and self.decomposers[t.name].needs]
+            inside = {t: tuple(self.decomposers[t.name].needs) for t in own}
             block = self.structure.block(index)
             missing = tuple(s for s in of_blocks if not self.store.has("statistics", self._statistic_key(block, s)))
             if inside or missing:
@@ -243,11 +240,21 @@ class Run:
             for index in range(self.structure.count)
         }
         own = {target.name: candidates[target.name] for target in job.targets}
-        seen: dict[str, Any] = {"candidates": own, "statistics": measured}
+        seen: dict[str, Any] = {"candidates": own, "statistics": measured, "itemsize": self._itemsize(job.targets)}
         if job.allocator.sees == "model":
             upstream = self._upstream(job)
             seen |= {"live": live.get(), "remember": self._remember(upstream), "slot": self._slots(upstream)}
         return allocate(job, self.asked, progress=self.progress, **seen)
+
+    def _itemsize(self, of: Sequence[Target]) -> int:
+        """Bytes of a number as these targets will be stored, the most where they differ."""
+        if self.dtype is not None:
+            return self.dtype.itemsize
+        names = [f"{part.module}.weight" for target in of for part in target.parts]
+        if isinstance(self.source, Checkpoint):
+            keys = {name: key for key, name in self.source.names.items()}
+            return max(self.source.dtype_of(keys[name]).itemsize for name in names)
+        return max(self.source.model.get_parameter(name).dtype.itemsize for name in names)
 
     def _live(self, candidates: Mapping[str, Candidate]) -> Installed:
         assert self.windows is not None

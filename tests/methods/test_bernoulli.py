@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from spectrim.core import budget
+from spectrim.core.bytes import stored_bytes
 from spectrim.core.pool import Pool
 from spectrim.methods.bernoulli import Bernoulli, Policy, _Training, direction, left_out
 from spectrim.methods.cap import CapGreedy, RobustPCA
@@ -217,3 +218,47 @@ def test_an_equal_worth_of_all_parameters_moves_no_logit() -> None:
         moved = policy.moved(logits, s, expected) - logits
         uneven = expected * (1 + (pool.segment == int(pool.segment[inside.bool()][0])))
         assert moved.abs().max() < 0.02 * (policy.moved(logits, s, uneven) - logits).abs().max()
+
+
+# --- a budget of bytes ---
+
+
+@FORMATS
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_a_pool_spends_bytes_in_any_order(format: str, itemsize: int) -> None:
+    given = shared(format)
+    targets = given.targets
+    pool = Pool.make(given.candidates, format, 6)
+    random = torch.rand(len(pool.keys), generator=torch.Generator().manual_seed(1))
+    for ratio in (0.05, 0.4, 0.8):
+        allowed = given.problem(ratio).budget
+        for order in (pool.unit_places(), random):
+            plan = replace(pool, itemsize=itemsize).plan(order, allowed)
+            stored = stored_bytes(targets, plan.choices, itemsize)
+            assert plan.budget == allowed and allowed * itemsize - (itemsize + 2) < stored <= allowed * itemsize
+            for target in targets:
+                if target.name in plan.choices:
+                    own = stored_bytes([target], {target.name: plan.choices[target.name]}, itemsize)
+                    assert own < itemsize * target.parameters
+                    counts = plan.choices[target.name].counts
+                    assert [len(plan.learned[target.name][k]) for k in ("order", "entries")] == list(counts.values())
+        greedy = CapGreedy(budget="bytes").allocate(replace(given.problem(ratio), itemsize=itemsize))
+        if format == "low_rank":
+            start = replace(pool, itemsize=itemsize).plan(pool.unit_places(), allowed)
+            assert start.choices == greedy.choices
+    whole = replace(pool, itemsize=itemsize).plan(random, given.problem(0.0).budget)
+    assert whole.choices == {} and whole.spent == given.problem(0.0).budget
+
+
+@MODES
+def test_the_plan_of_a_training_is_within_the_bytes(mode: Any) -> None:
+    given = shared("low_rank")
+    problem = replace(given.problem(0.4), itemsize=2)
+    quick: dict[str, Any] = {**SMALL, "mode": mode, "passes": 1, "checks": 2}
+    plan = Bernoulli(**quick, budget="bytes").allocate(problem)
+    stored, allowed = stored_bytes(given.targets, plan.choices, 2), 2 * problem.budget
+    assert plan.spent < plan.budget == problem.budget and allowed - 4 < stored <= allowed
+    assert plan.notes[1] == f"bernoulli: {stored:,} of {allowed:,} bytes allowed, indices included (2 a number)"
+    nominal = Bernoulli(**quick).allocate(problem)
+    assert nominal.spent == problem.budget and len(nominal.notes) == 1
+    assert nominal.choices == Bernoulli(**quick, budget="parameters").allocate(given.problem(0.4)).choices

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
+from spectrim import compress
 from spectrim.calibrate.statistics import Norm
 from spectrim.core import budget, registry
+from spectrim.core.bytes import entry_bytes, stored_bytes
 from spectrim.core.plan import Candidate, Choice, Part, Plan, Target, Units
 from spectrim.core.registry import Problem
 from spectrim.core.rpca import robust_pca
 from spectrim.methods.cap import CapGreedy, RobustPCA, SparseCandidate, best_2_of_4
 from spectrim.methods.svd import PlainSVD
+from spectrim.model.checkpoint import Checkpoint
+from spectrim.model.targets import find
+from tests.families import FAMILIES
 
 FORMATS = pytest.mark.parametrize("format", ["low_rank", "pivot"])
 SHAPES = pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)], ids=["wide", "tall", "square"])
@@ -262,25 +270,34 @@ def group(format: str) -> dict[str, Candidate]:
     return found
 
 
-def allocated(found: Mapping[str, Candidate], allowed: int, format: str, **settings: Any) -> Plan:
+def allocated(found: Mapping[str, Candidate], allowed: int, format: str, itemsize: int = 4, **settings: Any) -> Plan:
     targets = [each.target for each in found.values()]
-    return CapGreedy(**settings).allocate(Problem(targets, allowed, format, torch.Generator(), found))
+    problem = Problem(targets, allowed, format, torch.Generator(), found, itemsize=itemsize)
+    return CapGreedy(**settings).allocate(problem)
 
 
-def one_at_a_time(found: Mapping[str, Candidate], allowed: int) -> dict[str, tuple[int, int] | None]:
-    """The same order, unit by unit; plain format, where every direction of a matrix costs the same."""
+def one_at_a_time(found: Mapping[str, Candidate], allowed: int, itemsize: int = 0) -> dict[str, tuple[int, int] | None]:
+    """The same order, unit by unit; plain format, where every direction of a matrix costs the same. itemsize: bytes."""
+
+    def stored(target: Target, rank: int, entries: int) -> int:
+        (part,) = target.parts
+        if not itemsize:
+            return rank * (part.out_features + part.in_features) + entries
+        return itemsize * rank * (part.out_features + part.in_features) + entry_bytes(part, entries, itemsize)
+
     steps, state, closed = [], {name: [0, 0] for name in found}, set()
     for name, each in found.items():
         for kind, units in enumerate(each.units):
             for i, (score, cost) in enumerate(zip(units.scores.tolist(), units.costs.tolist(), strict=True)):
                 steps.append((-(score**2) / cost, name, kind, i, cost))
         steps.append((1.0, name, 2, 0, 0))
-    left, whole = allowed, set()
-    for _, name, kind, _, cost in sorted(steps):
+    left, whole = allowed * (itemsize or 1) - sum(stored(each.target, 0, 0) for each in found.values()), set()
+    for _, name, kind, _, _ in sorted(steps):
         target, (rank, entries) = found[name].target, state[name]
         if name in whole or (name, kind) in closed:
             continue
-        room = target.parameters - rank * sum(found[name].weights()[name].shape) - entries
+        room = target.parameters * (itemsize or 1) - stored(target, rank, entries)
+        cost = stored(target, rank + (kind == 0), entries + (kind == 1)) - stored(target, rank, entries)
         if min(cost, room) > left or (kind == 2 and room > left):
             closed.add((name, kind))
         elif kind == 2 or cost >= room:
@@ -306,6 +323,110 @@ def test_the_order_is_that_of_one_unit_at_a_time() -> None:
         assert got == one_at_a_time(found, allowed), allowed
         seen |= {None in got.values(), max(r for r, _ in filter(None, got.values())) > 2 if any(got.values()) else None}
     assert {True, False} <= seen
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_in_bytes_too_the_order_is_that_of_one_unit_at_a_time(itemsize: int) -> None:
+    found, kinds = wider("low_rank"), set()
+    total, least = sum(each.target.parameters for each in found.values()), 400
+    for allowed in [*range(least, total, 701), total - 2, total]:
+        plan = allocated(found, allowed, "low_rank", itemsize, budget="bytes")
+        got = {n: None if n not in plan.choices else tuple(plan.choices[n].counts.values()) for n in found}
+        assert got == one_at_a_time(found, allowed, itemsize), allowed
+        for name in plan.choices:
+            kinds.add(index_of(found[name].target, plan.choices[name].counts["entry"]))
+    assert {"csr", "mask"} <= kinds
+
+
+@FORMATS
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_bytes_are_spent_as_far_as_an_entry_goes(format: str, itemsize: int) -> None:
+    found = wider(format)
+    targets = [each.target for each in found.values()]
+    total, sizes, dense = sum(t.parameters for t in targets), [], 0
+    for allowed in range(400, total + 1, 907):
+        plan = allocated(found, allowed, format, itemsize, budget="bytes")
+        stored, index = stored_bytes(targets, plan.choices, itemsize), stored_bytes(targets, plan.choices, 0)
+        assert plan.spent * itemsize + index == stored and plan.spent <= plan.budget == allowed
+        assert stored <= allowed * itemsize
+        assert plan.notes == (
+            f"cap_greedy: {stored:,} of {allowed * itemsize:,} bytes allowed, indices included ({itemsize} a number)",
+        )
+        left = allowed * itemsize - stored
+        for target in targets:
+            if target.name not in plan.choices:
+                dense += 1
+                continue
+            choice = plan.choices[target.name]
+            assert stored_bytes([target], {target.name: choice}, itemsize) < itemsize * target.parameters
+            number, most = choice.counts["entry"], len(found[target.name].units[1].scores)
+            step = entry_bytes(target.parts[0], number + 1, itemsize) - entry_bytes(target.parts[0], number, itemsize)
+            assert number == most or step > left, "an entry would have fitted"
+        sizes.append(stored)
+    assert all(before <= after for before, after in itertools.pairwise(sizes)) and dense
+    assert stored_bytes(targets, allocated(found, total, format, itemsize, budget="bytes").choices, itemsize) == (
+        total * itemsize
+    )
+
+
+@functools.cache
+def wider(format: str) -> dict[str, Candidate]:
+    """A wide matrix beside the others: few of its entries are indexed by CSR, many by a mask."""
+    return {**group(format), "e": candidate(mixed(8, 400), format, "e")}
+
+
+def index_of(target: Target, number: int) -> str:
+    """The index that so many entries are stored with."""
+    (part,) = target.parts
+    return "mask" if 4 * (part.out_features + 1) + 2 * number > part.out_features * -(-part.in_features // 8) else "csr"
+
+
+@FORMATS
+def test_a_budget_of_parameters_does_not_depend_on_bytes(format: str) -> None:
+    found = group(format)
+    for allowed in range(0, 900, 97):
+        plan = allocated(found, allowed, format)
+        assert plan == allocated(found, allowed, format, itemsize=2, budget="parameters") and plan.notes == ()
+
+
+def test_bytes_that_do_not_pay_for_empty_indices_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"it leaves 8 bytes, but the indices of matrices that keep nothing need"):
+        allocated(group("low_rank"), 4, "low_rank", 2, budget="bytes")
+
+
+QUICK = [f"groups.0.decompose.{setting}" for setting in ("iterations=8", "tolerance=0.5", "refit=1")]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "format", "dtype", "quick"),
+    [
+        ("cap-greedy", "low_rank", torch.bfloat16, QUICK), ("cap-greedy", "pivot", torch.float32, QUICK),
+        ("magnitude", "low_rank", torch.float32, []),
+    ],
+)  # fmt: skip
+def test_a_saved_model_has_the_bytes_that_are_allowed(
+    recipe: str, format: str, dtype: torch.dtype, quick: list[str], tmp_path: Path
+) -> None:
+    FAMILIES["llama"].make().to(dtype).save_pretrained(tmp_path / "dense")
+    settings = ["groups.0.allocate={method: cap_greedy, budget: bytes}", *quick]
+    pivot = {"low_rank": "plain", "pivot": "pivot"}[format]
+    out = tmp_path / "out"
+    made = compress(tmp_path / "dense", recipe, 0.4, out=out, format=pivot, settings=settings)
+    state = load_file(out / "model.safetensors")
+    before = load_file(tmp_path / "dense" / "model.safetensors")
+    targets = find(Checkpoint(tmp_path / "dense").model).targets
+    stored = 0
+    for target in targets:
+        (part,) = target.parts
+        prefix = f"{part.module}."
+        stored += sum(t.nbytes for key, t in state.items() if key.startswith(prefix) and not key.endswith(".bias"))
+    dense = sum(before[f"{t.parts[0].module}.weight"].nbytes for t in targets)
+    allowed = budget.allowed(targets, 0.4) * dtype.itemsize
+    assert 0.59 * dense < allowed <= 0.6 * dense
+    assert allowed - (dtype.itemsize + 2) < stored <= allowed
+    assert made.plan.notes[-1].startswith(f"cap_greedy: {stored:,} of {allowed:,} bytes allowed")
+    index = sum(t.nbytes for key, t in state.items() if not t.is_floating_point())
+    assert index > 0.05 * stored
 
 
 @FORMATS

@@ -1,6 +1,7 @@
 """Directions and entries of all matrices in one flat pool: their order, their buckets, their cost, a plan of them.
 
-The one place where this pool counts is `Prices`: everything that is spent, softly or exactly, is read from it.
+The one place where this pool counts is `Prices`: everything that is spent, softly or exactly, is read from it. A pool
+whose plans spend bytes has `Steps` beside it, which they are read from then; all else is counted in parameters still.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from spectrim.core import budget as budgets
 from spectrim.core.budget import WITH_ENTRIES, unit_cost
+from spectrim.core.bytes import entry_bytes, entry_steps, order_bytes, refuse_too_few
 from spectrim.core.plan import Candidate, Choice, Plan
 from spectrim.core.spend import cut, hull, single
 
@@ -36,12 +38,37 @@ class Prices:
 
 
 @dataclass(frozen=True)
+class Steps:
+    """What a plan spends on a matrix: on nothing kept, on its first, second, … direction and entry, on all of it dense.
+
+    In bytes an index is there at nothing kept too, and the first direction of the pivot form brings an order.
+    """
+
+    ranks: Int[Tensor, "n"]
+    entries: Int[Tensor, "m"]
+    nothing: int
+    dense: int
+
+    @staticmethod
+    def of(candidate: Candidate, prices: Prices, format: str, itemsize: int) -> Steps:
+        """In bytes, or, itemsize 0, in parameters."""
+        part, number = single(candidate.target), len(candidate.units[1].scores)
+        if not itemsize:
+            return Steps(prices.ranks, torch.full((number,), prices.entry), 0, prices.dense)
+        ranks = itemsize * prices.ranks
+        ranks[:1] += order_bytes(format, part)
+        nothing = entry_bytes(part, 0, itemsize)
+        return Steps(ranks, entry_steps(part, number, itemsize), nothing, itemsize * prices.dense)
+
+
+@dataclass(frozen=True)
 class Pool:
     """All units, flat: by target, directions before entries, in their order.
 
     keys: value² / cost of each (of directions whose costs fall the slope of the hull); places: where each variable
     stands in the order of keys, 0 the worst, 1 the best. Variables are the units (owner None), or buckets of them:
     owner is the bucket of each unit, members its units, segment (one a target and kind) where each variable belongs.
+    itemsize: bytes of a number where plans spend bytes, 0: parameters.
     """
 
     candidates: Mapping[str, Candidate]
@@ -54,6 +81,7 @@ class Pool:
     costs: Float[Tensor, "variables"]
     segment: Int[Tensor, "variables"]
     places: Float[Tensor, "variables"]
+    itemsize: int = 0
 
     @staticmethod
     def make(candidates: Mapping[str, Candidate], format: str, groups: int | None, relative: bool = False) -> Pool:
@@ -149,45 +177,53 @@ class Pool:
         """The plan that takes units of the largest `order_by`, ties by key, then target, kind and index, in `budget`.
 
         What does not fit is skipped, and closes its target's units of that kind. A target that would cost as much as
-        it does dense is dense, and what that frees is spent again. Which units: `learned`.
+        it does dense is dense, and what that frees is spent again. Which units: `learned`. budget: parameters; what may
+        be spent are as many, or, where bytes are, `itemsize` for each. ValueError where empty indices alone take more.
         """
         order = torch.argsort(self.keys, descending=True, stable=True)
         order = order[torch.argsort(order_by[order], descending=True, stable=True)]
         position = torch.empty_like(order)
         position[order] = torch.arange(len(order))
         within = [torch.sort(own) for own in position.split(list(self.sizes))]
-        whole: set[str] = set()
+        steps = {
+            name: Steps.of(candidate, self.prices[name], self.format, self.itemsize)
+            for name, candidate in self.candidates.items()
+        }
+        allowed, whole = budget * (self.itemsize or 1), set[str]()
+        refuse_too_few(sum(each.nothing for each in steps.values()), allowed)
         while True:
-            left = budget - sum(self.prices[name].dense for name in whole)
+            left = allowed - sum(each.dense if name in whole else each.nothing for name, each in steps.items())
             scores, costs = {}, {}
-            for i, (name, prices) in enumerate(self.prices.items()):
+            for i, (name, each) in enumerate(steps.items()):
                 if name not in whole:
                     for kind, own in enumerate(within[2 * i : 2 * i + 2]):
                         scores[f"{name}\n{kind}"] = -own.values.double()
-                        flat = torch.full((len(own.values),), prices.entry)
-                        costs[f"{name}\n{kind}"] = flat if kind else prices.ranks
+                        costs[f"{name}\n{kind}"] = each.entries if kind else each.ranks
             taken = cut(scores, costs, left)
             spent = {name: sum(int(costs[f"{name}\n{k}"][: taken[f"{name}\n{k}"]].sum()) for k in (0, 1))
-                     for name in self.prices if name not in whole}  # fmt: skip
-            grown = {name for name, cost in spent.items() if cost >= self.prices[name].dense}
+                     for name in steps if name not in whole}  # fmt: skip
+            grown = {name for name, cost in spent.items() if steps[name].nothing + cost >= steps[name].dense}
             if not grown:
                 break
             whole |= grown
-        return self._made(within, taken, spent, budget, left - sum(spent.values()))
+        rest = {name: steps[name].dense - steps[name].nothing - cost for name, cost in spent.items()}
+        return self._made(within, taken, rest, budget, left - sum(spent.values()))
 
     def _made(
-        self, within: Sequence[tuple[Tensor, Tensor]], taken: Mapping[str, int], spent: Mapping[str, int],
+        self, within: Sequence[tuple[Tensor, Tensor]], taken: Mapping[str, int], rest: Mapping[str, int],
         budget: int, left: int,
     ) -> Plan:  # fmt: skip
-        """Choices of counts; a target of which everything is kept, and that `left` makes dense, is."""
+        """Choices of counts; a target of which everything is kept, and that `left` makes dense, is.
+
+        rest: what each is short of dense, those that are dense already left out.
+        """
         choices, learned = {}, {}
         for i, (name, candidate) in enumerate(self.candidates.items()):
-            if name not in spent:
+            if name not in rest:
                 continue
             rank, entries = (taken[f"{name}\n{kind}"] for kind in (0, 1))
-            rest = self.prices[name].dense - spent[name]
-            if [rank, entries] == list(self.sizes[2 * i : 2 * i + 2]) and rest <= left:
-                left -= rest
+            if [rank, entries] == list(self.sizes[2 * i : 2 * i + 2]) and rest[name] <= left:
+                left -= rest[name]
                 continue
             formats = {single(candidate.target).module: WITH_ENTRIES[self.format]}
             choices[name] = Choice(formats, {"rank": rank, "entry": entries})

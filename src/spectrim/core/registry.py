@@ -189,7 +189,8 @@ class Problem:
     """All that an allocator may see.
 
     budget: parameters that may be kept over `targets`; format: the module format of rank units; fixed: by target,
-    parameters of a bias that its method adds once it is not dense. candidates (by target) and statistics (by index of
+    parameters of a bias that its method adds once it is not dense; itemsize: bytes of a number as it will be stored,
+    known where candidates are. candidates (by target) and statistics (by index of
     the block) only for an allocator whose `sees` is "units" or "model", live only for "model".
     """
 
@@ -204,6 +205,7 @@ class Problem:
     slot: Slots = field(default=lambda name, fields: Memory())
     progress: Progress = silent
     fixed: Mapping[str, int] = field(default_factory=dict)
+    itemsize: int = 4
 
     @property
     def dense(self) -> int:
@@ -215,7 +217,7 @@ class Problem:
 class Allocator(Protocol):
     """Spends a budget over targets. A frozen dataclass: its fields are its settings.
 
-    A class that names this one as its base has the defaults of `learns`, `refuses` and `check`.
+    A class that names this one as its base has the defaults of `learns`, `trained_bytes`, `refuses` and `check`.
     """
 
     @property
@@ -237,6 +239,13 @@ class Allocator(Protocol):
     def learns(self) -> bool:
         """Whether it trains on the model: its candidates keep every direction, and none is made anew afterwards."""
         return False
+
+    def trained_bytes(self, target: Target, directions: int, entries: int) -> int:
+        """About what a training keeps on disk of so many units of a target: a state under way, a result, the plan's.
+
+        By default what AdamW and a few numbers for each unit take, all in float32.
+        """
+        return 56 * (directions + entries)
 
     def refuses(self, decomposer: Decomposer) -> str:
         """Why candidates of that decomposer are none that it can choose from; empty: they are."""

@@ -75,13 +75,21 @@ def read_documents(name: str, field: str = "text") -> list[str]:
     train split. Empty documents among others are kept. Raises ValueError for a file that is missing, of an unknown
     kind or malformed (with the row), and for a text without one non-empty document.
     """
-    path = _locate(name)
-    documents = _read_dataset(name, field) if path is None else _read_file(path, field)
+    documents = [_document(row, field, where) for where, row in _rows(name, field)]
     if not any(document.strip() for document in documents):
         raise ValueError(
             f"{name}: it holds no text: {len(documents)} documents, none of them with more than white space"
         )
     return documents
+
+
+def read_rows(name: str) -> Iterator[tuple[str, Any]]:
+    """Every row of what `read_documents` reads, whole: where it stands (file and line), and what it holds.
+
+    A row of .jsonl and .json is what its JSON says, of .parquet and a dataset a mapping of its columns; a .txt file is
+    one string. ValueError as for `read_documents`, at the row where it is met; no row is judged by what it holds.
+    """
+    return _rows(name, None)
 
 
 def token_stream(documents: Sequence[str], tokenizer: Tokenizer) -> Int[Tensor, "n"]:
@@ -204,18 +212,23 @@ def _nearest(path: Path) -> str:
     return f"nearest in {path.parent}: {', '.join(close)}" if close else f"nothing like it in {path.parent}"
 
 
-def _read_file(path: Path, field: str) -> list[str]:
+def _rows(name: str, field: str | None) -> Iterator[tuple[str, Any]]:
+    """Rows with their places; of a parquet file and a dataset only the column `field` where one is given."""
+    path = _locate(name)
+    return _dataset_rows(name, field) if path is None else _file_rows(path, field)
+
+
+def _file_rows(path: Path, field: str | None) -> Iterator[tuple[str, Any]]:
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        return _read_parquet(path, field)
+        return _parquet_rows(path, field)
     try:
         content = path.read_text(encoding="utf-8-sig")  # -sig: a byte-order mark is not text
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error}): convert it first") from error
     if suffix == ".txt":
-        return [content]
-    rows = _jsonl_rows(path, content) if suffix == ".jsonl" else _json_rows(path, content)
-    return [_document(row, field, where) for where, row in rows]
+        return iter([(str(path), content)])
+    return _jsonl_rows(path, content) if suffix == ".jsonl" else _json_rows(path, content)
 
 
 def _jsonl_rows(path: Path, content: str) -> Iterator[tuple[str, Any]]:
@@ -235,7 +248,7 @@ def _json_rows(path: Path, content: str) -> Iterator[tuple[str, Any]]:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(rows, list):
-        raise ValueError(f"{path}: holds {type(rows).__name__}, not a list of texts (one object a line is .jsonl)")
+        raise ValueError(f"{path}: holds {type(rows).__name__}, not a list of rows (one object a line is .jsonl)")
     for number, row in enumerate(rows, start=1):
         yield f"{path}, item {number}", row
 
@@ -250,7 +263,7 @@ def _document(row: Any, field: str, where: str) -> str:
     return row
 
 
-def _read_parquet(path: Path, field: str) -> list[str]:
+def _parquet_rows(path: Path, field: str | None) -> Iterator[tuple[str, Any]]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -261,13 +274,14 @@ def _read_parquet(path: Path, field: str) -> list[str]:
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"{path}: not a parquet file: {error}") from error
     with file:
-        if field not in file.schema_arrow.names:
+        if field is not None and field not in file.schema_arrow.names:
             raise ValueError(f"{path}: has no column {field!r}, only {file.schema_arrow.names}")
-        values = file.read(columns=[field]).column(field).to_pylist()
-    return [_document(value, field, f"{path}, row {number}") for number, value in enumerate(values, start=1)]
+        values = file.read().to_pylist() if field is None else file.read(columns=[field]).column(field).to_pylist()
+    for number, value in enumerate(values, start=1):
+        yield f"{path}, row {number}", value
 
 
-def _read_dataset(name: str, field: str) -> list[str]:
+def _dataset_rows(name: str, field: str | None) -> Iterator[tuple[str, Any]]:
     # CONFIG holds no bracket, so that the colon of a slice such as train[:1000] is not taken for a separator
     match = re.fullmatch(r"([^:]+)(?::([^:\[\]]+))??(?::([^:\[\]]+(?:\[.*\])?))?", name)
     if match is None:
@@ -285,6 +299,7 @@ def _read_dataset(name: str, field: str) -> list[str]:
         rows = datasets.load_dataset(dataset, config, split=split or "train")
     except (OSError, ValueError) as error:
         raise ValueError(f"{name!r}: no such file, and no dataset that can be loaded: {error}") from error
-    if field not in rows.column_names:
+    if field is not None and field not in rows.column_names:
         raise ValueError(f"{name!r}: the dataset has no column {field!r}, only {rows.column_names}")
-    return [_document(value, field, f"{name}, row {number}") for number, value in enumerate(rows[field], start=1)]
+    for number, value in enumerate(rows if field is None else rows[field], start=1):
+        yield f"{name}, row {number}", value

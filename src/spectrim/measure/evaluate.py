@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from spectrim.data.text import fixed_windows, read_documents, token_stream
 from spectrim.model.files import weight_files
@@ -158,7 +158,12 @@ def generate_sample(
 
 def max_positions(model: PreTrainedModel) -> int | None:
     """The longest sequence the model is made for, in tokens; None where its config states no limit."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return positions(model.config)
+
+
+def positions(config: PretrainedConfig) -> int | None:
+    """The same of a config."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return None if limit is None else int(limit)
 
 

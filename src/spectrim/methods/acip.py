@@ -121,6 +121,12 @@ class ACIP(Allocator):
         """Whether it trains."""
         return self.order == "learned"
 
+    def trained_bytes(self, target: Target, directions: int, entries: int) -> int:
+        """Numbers of each direction, and adapters: under way, of every snapshot, and in the plan."""
+        part = single(target)
+        adapter = 4 * self.rank(part) * (part.out_features + part.in_features)
+        return 56 * directions + (5 + 2 * self.snapshots) * adapter
+
     def rank(self, part: Part) -> int:
         """The rank of a matrix's adapter."""
         return min(self.adapter, int(self.share * min(part.out_features, part.in_features))) if self.learns else 0

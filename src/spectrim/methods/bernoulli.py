@@ -28,7 +28,8 @@ between batches out and leaves g unbiased (of K masks: Σ (ℓ − mean) g / (K 
 co-author has it, arXiv 2406.10576); `scale`: what (m − s) is divided by, "variance" as published, "deviation" its
 root (that pruner), "none": s (1 − s) times the gradient, of least scatter; `normalised`: losses are divided by their
 running deviation; the plans at `checks` moments, the greedy start the first, are cut, refitted and run on the same
-windows, and the best is returned: never a worse one than the start, on those.
+windows, and the best is returned: never a worse one than the start, on those. With `budget = "bytes"` every plan spends
+bytes in its order; the probabilities spend the parameters of the greedy start's plan.
 
 Needs the whole model in memory, factored (`learn.gates`), or at a check W′ of all targets beside it; 16 bytes a unit
 of the pool in grouped mode, in paper mode 36 and 5 for each mask. Costs masks × passes runs over the windows, without
@@ -50,7 +51,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from spectrim.core import distributed
-from spectrim.core.plan import Plan
+from spectrim.core.bytes import reached
+from spectrim.core.plan import Plan, Target
 from spectrim.core.pool import Pool, project
 from spectrim.core.registry import Allocator, Problem, Sees, Slot, Trainable, allocator
 from spectrim.core.spend import single
@@ -75,7 +77,8 @@ class Bernoulli(Allocator):
     mode: one logit a matrix and kind (grouped), or one probability a unit (paper); groups, width: of grouped.
     passes: over the windows, `batch` of them an update; sequences, length: of the windows; masks: of an update;
     rate: of an update; window: of the moving baseline; baseline, scale, normalised, projection: see above. relative:
-    values² are shares of their sum over their matrix; checks: plans that are tried on `trial` windows.
+    values² are shares of their sum over their matrix; checks: plans that are tried on `trial` windows. budget: plans
+    spend parameters, or bytes, as many as those would take, of values and indices together.
     """
 
     mode: Literal["grouped", "paper"] = "grouped"
@@ -91,6 +94,7 @@ class Bernoulli(Allocator):
     normalised: bool = True
     projection: Literal["replicated", "euclidean"] = "euclidean"
     relative: bool = False
+    budget: Literal["parameters", "bytes"] = "parameters"
     checks: int = 5
     trial: int = 32
     sequences: int | None = None
@@ -119,6 +123,10 @@ class Bernoulli(Allocator):
         """Yes."""
         return True
 
+    def trained_bytes(self, target: Target, directions: int, entries: int) -> int:
+        """Places of what is kept; in paper mode probabilities now and at their best, under way and as a result."""
+        return (8 if self.mode == "grouped" else 24) * (directions + entries)
+
     def check(self, problem: Problem) -> None:
         """Raise ValueError for a target that is no single matrix, and where memory does not suffice."""
         for target in problem.targets:
@@ -135,8 +143,13 @@ class Bernoulli(Allocator):
             return Plan({}, problem.budget, problem.dense)
         groups = self.groups if self.mode == "grouped" else None
         pool = Pool.make(problem.candidates, problem.format, groups, self.relative)
-        policy = Policy(self, pool, problem.budget)
-        made = problem.remember("bernoulli", {"budget": problem.budget}, lambda: _Training(policy, problem).run())
+        spends = problem.budget
+        if self.budget == "bytes":
+            pool = replace(pool, itemsize=problem.itemsize)
+            spends = pool.plan(pool.unit_places(), problem.budget).spent
+        policy = Policy(self, pool, spends)
+        fields = {"budget": problem.budget, "itemsize": pool.itemsize}
+        made = problem.remember("bernoulli", fields, lambda: _Training(policy, problem).run())
         plan = pool.plan(policy.order(made["best"]), problem.budget)
         tried, update = made["checks"], int(made["best_at"])
         curves = {f"bernoulli {name}": made["history"][:, i].tolist() for i, name in enumerate(COLUMNS)}
@@ -146,6 +159,8 @@ class Bernoulli(Allocator):
             f"{float(tried[:, 1].min()):.4f} on {int(made['windows'])} calibration windows; greedy start "
             f"{float(tried[0, 1]):.4f}, end {float(tried[-1, 1]):.4f}"
         ]
+        if self.budget == "bytes":
+            notes.append(reached("bernoulli", plan, problem.targets, problem.itemsize))
         if int(made["skipped"]):
             notes.append(f"bernoulli: {int(made['skipped'])} masks gave no finite loss and were left out")
         return Plan(plan.choices, plan.budget, plan.spent, tuple(notes), plan.learned, curves)
@@ -178,7 +193,7 @@ def left_out(losses: Float[Tensor, "masks"]) -> Float[Tensor, "masks"]:
 
 @dataclass(frozen=True)
 class Policy:
-    """Probabilities within a budget. Logits: in paper mode they themselves, else one for each segment of the pool."""
+    """Probabilities within a budget of parameters. Logits: in paper mode they themselves, else one for each segment."""
 
     settings: Bernoulli
     pool: Pool
@@ -264,7 +279,7 @@ class _Training:
 
     def run(self) -> dict[str, Tensor]:
         """Learn; a training found in the slot goes on where it was."""
-        slot = self.problem.slot("bernoulli", {"budget": self.problem.budget})
+        slot = self.problem.slot("bernoulli", {"budget": self.problem.budget, "itemsize": self.pool.itemsize})
         found = slot.load()
         if found is not None:
             self.state = {name: found[name].clone() for name in self.state}
@@ -347,7 +362,7 @@ class _Training:
 
     def check(self, step: int) -> None:
         """The loss of the plan at hand, with the gates out; the best so far is kept."""
-        plan = self.pool.plan(self.policy.order(self.state["logits"]), self.policy.budget)
+        plan = self.pool.plan(self.policy.order(self.state["logits"]), self.problem.budget)
         loss = torch.zeros((), dtype=torch.float64)
         with self.live.swapped(self.built(plan)):
             for ids in distributed.share(self.trial.split(self.micro)):

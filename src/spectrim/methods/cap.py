@@ -25,26 +25,23 @@ factor of 0.5 on λ gave a lower error after the cut in a trial of ours (160 × 
 
 from __future__ import annotations
 
-import bisect
-import heapq
-import itertools
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from spectrim.calibrate.statistics import Norm, Statistic
-from spectrim.core.budget import WITH_ENTRIES, count, rank_cost, unit_cost
+from spectrim.core.budget import WITH_ENTRIES, count, rank_cost
+from spectrim.core.bytes import reached
+from spectrim.core.greedy import fill, kept_of
 from spectrim.core.plan import Candidate, Choice, Kind, Measured, Plan, Target, Tensors, Units, balance
 from spectrim.core.registry import Allocator, Decomposer, Problem, Sees, Statistics, allocator, decomposer
 from spectrim.core.rpca import Mode, refit, robust_pca
-from spectrim.core.spend import hull
 
 logger = logging.getLogger(__name__)
 
@@ -230,10 +227,12 @@ def _dtype(weight: Tensor) -> torch.dtype:
 class CapGreedy(Allocator):
     """Directions and entries of all matrices in one order, best value² / cost first, as far as the budget goes.
 
-    relative: values are shares of the energy ‖W‖² of their matrix (in the metric of its candidate).
+    relative: values are shares of the energy ‖W‖² of their matrix (in the metric of its candidate). budget: what is
+    spent, nominal parameters, or bytes: as many as those parameters would take, of values and indices together.
     """
 
     relative: bool = False
+    budget: Literal["parameters", "bytes"] = "parameters"
     sees: ClassVar[Sees] = "units"
     grain: ClassVar[int] = 1
     needs: ClassVar[tuple[Statistic, ...]] = ()
@@ -244,11 +243,13 @@ class CapGreedy(Allocator):
         Directions stay a prefix of the spectrum; where their costs fall along it, those between two corners of the
         hull of value² over cost count as one. A matrix whose kept parts reach its dense size is dense, at no more than
         that, and the order goes on without it. So the budget is never exceeded, what is left pays for no entry that is
-        not kept, a larger budget never keeps less, and the order of targets does not matter.
+        not kept, a larger budget never keeps less, and the order of targets does not matter. In bytes all of this
+        holds too; the order is the same, and a matrix is dense where its parts and their index take as many bytes.
 
-        Raises ValueError for a candidate without entry units.
+        Raises ValueError for a candidate without entry units, and for bytes that do not pay for empty indices.
         """
         assert problem.candidates is not None
+        itemsize = problem.itemsize if self.budget == "bytes" else 0
         targets, pools = sorted(problem.targets, key=lambda t: t.name), []
         for target in targets:
             candidate = problem.candidates[target.name]
@@ -258,15 +259,16 @@ class CapGreedy(Allocator):
                     "it by robust_pca, magnitude or wanda, or match it in a group of its own, with another allocator"
                 )
             energy = _energy(candidate) if self.relative else 1.0
-            pools.append(_pool(candidate, problem.format, energy))
-        _fill(pools, problem.budget)
+            pools.append(kept_of(candidate, problem.format, energy, itemsize))
+        fill(pools, problem.budget * (itemsize or 1))
         choices = {pool.target.name: pool.choice(problem.format) for pool in pools if not pool.dense}
         empty = [name for name, choice in choices.items() if not any(choice.counts.values())]
         if empty:
             logger.warning("%d matrices keep nothing at all, as %s", len(empty), empty[0])
         spent = sum(count(choices[t.name], t) if t.name in choices else t.parameters for t in targets)
         assert spent <= problem.budget, (spent, problem.budget)
-        return Plan(choices, problem.budget, spent)
+        plan = Plan(choices, problem.budget, spent)
+        return replace(plan, notes=(reached("cap_greedy", plan, targets, itemsize),)) if itemsize else plan
 
 
 def _energy(candidate: Candidate) -> float:
@@ -276,125 +278,3 @@ def _energy(candidate: Candidate) -> float:
     metric = candidate.metric if isinstance(candidate, SparseCandidate) else None
     squares = candidate.weights()[candidate.target.parts[0].module].double().square().sum(0).cpu()
     return float((squares if metric is None else squares * metric.cpu()).sum()) or 1.0
-
-
-@dataclass
-class _Pool:
-    """What one matrix may keep, best first of each kind, and how much of it it keeps so far.
-
-    A key is a value² / cost. paid: parameters of the first directions, from none on; size: those of the dense matrix.
-    """
-
-    target: Target
-    ranks: Sequence[float]
-    paid: Sequence[int]
-    entries: Float[Tensor, "n"]
-    energy: float
-    size: int
-    rank: int = 0
-    entry: int = 0
-    dense: bool = False
-    open: list[bool] = field(default_factory=lambda: [True, True, True])
-
-    @property
-    def spent(self) -> int:
-        """Parameters."""
-        return self.size if self.dense else self.paid[self.rank] + self.entry
-
-    def entry_key(self, index: int) -> float:
-        value = float(self.entries[index])
-        return value * value / self.energy
-
-    def next_key(self, kind: int) -> float | None:
-        """The key of the next direction (0), entry (1), or of the step from all of them to dense (2)."""
-        if self.dense or not self.open[kind]:
-            return None
-        if kind == 0:
-            return self.ranks[self.rank] if self.rank < len(self.ranks) else None
-        if kind == 1:
-            return self.entry_key(self.entry) if self.entry < len(self.entries) else None
-        return -1.0
-
-    def keep(self, least: float) -> int:
-        """Keep all units of a key of at least that; the parameters."""
-        self.rank = _above(self.ranks.__getitem__, len(self.ranks), least)
-        self.entry = _above(self.entry_key, len(self.entries), least)
-        self.dense = False
-        self.dense = self.spent >= self.size
-        return self.spent
-
-    def take(self, kind: int, left: int) -> int:
-        """Keep the next unit, or of entries the whole run of one key, as far as `left` pays; what was paid."""
-        before = self.spent
-        room = self.size - before
-        if kind == 1:
-            key = self.entry_key(self.entry)
-            run = _above(self.entry_key, len(self.entries), key) - self.entry
-            step = min(run, left)
-        else:
-            step = self.paid[self.rank + 1] - self.paid[self.rank] if kind == 0 else 0
-        if kind == 2 or step >= room:
-            self.dense = room <= left
-            self.open[kind] = False
-        elif step > left:
-            self.open[kind] = False
-        elif kind == 0:
-            self.rank += 1
-        else:
-            self.entry += step
-        return self.spent - before
-
-    def choice(self, format: str) -> Choice:
-        """What is kept, in the sparse form of a rank's format."""
-        return Choice({self.target.parts[0].module: WITH_ENTRIES[format]}, {"rank": self.rank, "entry": self.entry})
-
-
-def _pool(candidate: Candidate, format: str, energy: float) -> _Pool:
-    """All units of a candidate, its directions at what they cost in a format."""
-    (part,) = candidate.target.parts
-    units = {units.kind: units for units in candidate.units}
-    values = units["rank"].scores.double().cpu().square() / energy if "rank" in units else torch.zeros(0)
-    each = unit_cost(format, part)
-    costs = torch.full((len(values),), each) if isinstance(each, int) else each[: len(values)]
-    ranks = hull(values, costs).tolist()
-    paid = [0, *itertools.accumulate(costs.tolist())]
-    return _Pool(candidate.target, ranks, paid, units["entry"].scores.cpu(), energy, part.parameters)
-
-
-def _above(key: Callable[[int], float], length: int, least: float) -> int:
-    """How many of the keys 0, 1, …, none above the one before it, are at least that."""
-    return bisect.bisect_right(range(length), -least, key=lambda i: -key(i))
-
-
-def _fill(pools: Sequence[_Pool], budget: int) -> None:
-    """Take units in the order of their keys, then of pools, directions before entries, as far as the budget goes.
-
-    All that fit in this order, found by bisection over the key; after the first that does not, whatever still fits,
-    where a list whose next unit does not fit is closed. No array over all pools is made: memory is theirs.
-    """
-    # As in `spend.cut`, the order does not depend on the budget, and neither does what a step costs given the steps
-    # before it. Where the runs at B and B + 1 first differ, a step fits at B + 1 alone, whose budget it uses up.
-    low, high = 0, int(np.float64(math.inf).view(np.int64))  # non-negative doubles are in the order of their bits
-    if sum(pool.keep(0.0) for pool in pools) > budget:
-        while high - low > 1:
-            middle = (low + high) // 2
-            fits = sum(pool.keep(float(np.int64(middle).view(np.float64))) for pool in pools) <= budget
-            low, high = (low, middle) if fits else (middle, high)
-        for pool in pools:
-            pool.keep(float(np.int64(high).view(np.float64)))
-    left = budget - sum(pool.spent for pool in pools)
-    queue: list[tuple[float, int, int]] = []
-
-    def offer(place: int, kind: int) -> None:
-        key = pools[place].next_key(kind)
-        if key is not None:
-            heapq.heappush(queue, (-key, place, kind))
-
-    for place in range(len(pools)):
-        for kind in range(3):
-            offer(place, kind)
-    while queue and left > 0:
-        _, place, kind = heapq.heappop(queue)
-        if pools[place].next_key(kind) is not None:
-            left -= pools[place].take(kind, left)
-            offer(place, kind)

@@ -8,17 +8,17 @@ trained with all weights frozen on KL(dense ‖ compressed) plus a differentiabl
 in three stages that go over at preset steps: coarse compression, refinement to and fro, fine sparsification. Directions
 are pruned by s, not by σ; survivors may have s > 1. Mapping, losses, rates and stages in numbers were never published:
 
-    s = s_max sigmoid(θ), s_max = 2, at most 1 until stage 3; θ = 0 at the start
-    forward: s h(s)/h(1),  h = sigmoid((s − τ)/T);     L = KL + λ C
-    C = Σ_l price_l Σ_i s_li / Σ_l (mn)_l              price: m + n (pivot: m + n − Σ h); see `gates.prices`
-    ρ̃ = Σ_l min(mn, cost(Σ_i h_i))_l / Σ_l (mn)_l
+    s = s_max sigmoid(θ), s_max = 2, at most 1 until stage 3; θ = 0 at the start;  h = sigmoid((s − τ)/T)
+    forward: s h(s)/h(1) in stage 1; in stage 2 s where s > τ, else 0, with the gradient of the former
+    L = KL + λ C,  C = Σ_l price_l Σ_i h_li / Σ_l (mn)_l      price: m + n (pivot: m + n − Σ h); see `gates.prices`
+    ρ̃ = Σ_l min(mn, cost(Σ_i h_i))_l / Σ_l (mn)_l             from stage 2 on with 1(s > τ) for h
     λ = max(0, Λ + 0.1 η (ρ̃ − ρ_t)),  Λ ← max(0, Λ + η/steps (ρ̃ − ρ_t)) each step
 
 are ours. Stage 1: ρ_t falls linearly from ρ̃ to the target ρ. Stage 2: ρ_t = ρ + a sin(2π n u)(1 − u): pressure on and
 off, so that directions wrongly switched off come back. Stage 3: what the exact plan of the scores would leave out,
 chosen anew at each step, is multiplied by a factor that falls from 1 to 0 and is alone under λ C; in the middle of the
-stage the set is fixed and what is kept is trained on KL alone. (Zeroed at once, after a penalty g(1 − g) + s·1(s < τ)
-for scores between, the KL of stories260K at 0.2 jumped from 0.6 to 1.6 and came back to 1.4.) Then s is folded into
+stage the set is fixed and what is kept is trained on KL alone. (Where directions may act in part through stage 2, KL is
+low as long as many do, and the plan that is cut from them is bad: docs/methods/soco.md.) Then s is folded into
 the factors; a matrix that ends dense keeps its learned values (its offset too if it has a bias). No score is learned
 by the error at a layer's own output: there s = 1 is the optimum of every kept direction, whatever the inputs.
 
@@ -88,12 +88,12 @@ class SoCo(Allocator):
     grain: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        for name, value in (("steps", self.steps), ("batch", self.batch), ("turns", self.turns)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}: it must be at least 1")
-        for name, size in (("rate", self.rate), ("dual", self.dual), ("largest", self.largest)):
-            if not 0 < size < math.inf:
-                raise ValueError(f"{name} is {size}: it must be above 0")
+        for name in ("steps", "batch", "turns"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        for name in ("rate", "dual", "largest"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0")
         for name, number, lowest in (("sequences", self.sequences, 1), ("length", self.length, 2)):
             if number is not None and number < lowest:
                 raise ValueError(f"{name} is {number}: give at least {lowest}, or null for all there is")
@@ -122,7 +122,7 @@ class SoCo(Allocator):
     def check(self, problem: Problem) -> None:
         """Raise ValueError when the least directions exceed the budget, or the factors the machine's memory."""
         fixed = self.offsets(problem.targets)
-        least = {target.name: self.floor(min(*_size(target))) for target in problem.targets}
+        least = {t.name: self.floor(min(single(t).out_features, single(t).in_features)) for t in problem.targets}
         least_steps(problem.targets, problem.format, problem.budget, least, {**problem.fixed, **fixed})
         check_memory(problem.targets)
 
@@ -213,10 +213,6 @@ def _fields(problem: Problem) -> dict[str, int]:
     return {"budget": problem.budget, "seed": problem.generator.initial_seed()}
 
 
-def _size(target: Target) -> tuple[int, int]:
-    return single(target).out_features, single(target).in_features
-
-
 def _least(soco: SoCo, gates: Gates) -> dict[str, int]:
     """Directions that every matrix keeps."""
     return {name: soco.floor(place.stop - place.start) for name, place in gates.slices.of.items()}
@@ -238,14 +234,10 @@ class _Training:
         self.raw = torch.full((total,), soco.begin(), requires_grad=True)
         self.offset = torch.zeros(outputs, requires_grad=True)
         self.state = {
-            "multiplier": torch.zeros((), dtype=torch.float64),
-            "integral": torch.zeros((), dtype=torch.float64),
-            "initial": torch.zeros((), dtype=torch.float64),
+            **{name: torch.zeros((), dtype=torch.float64) for name in ("multiplier", "integral", "initial")},
             "fixed_at": torch.zeros((), dtype=torch.int64),
             "fixing": torch.zeros(total),
-            "keep": torch.ones(total),
-            "chosen": torch.ones(total),
-            "open": torch.ones(total),
+            **{name: torch.ones(total) for name in ("keep", "chosen", "open")},
             "keep_offset": torch.ones(outputs) * soco.deviation,
         }
 
@@ -276,9 +268,11 @@ class _Training:
     def _values(self, step: int) -> tuple[Tensor, Tensor]:
         """What multiplies the directions, and the offsets."""
         soco, scores, temperature = self.soco, self.soco.scores(self.raw), self.temperature(step)
-        if soco.gated:
+        if soco.gated and not self.state["fixed_at"]:
             at_one = torch.sigmoid(torch.tensor((1 - soco.threshold) / temperature))
-            scores = scores * self.soft(scores, temperature) / at_one
+            soft, stage = scores * self.soft(scores, temperature) / at_one, soco.stage(step)[0]
+            acting = (scores > soco.threshold) | ((self.state["chosen"] > 0) & (stage == 2))
+            scores = soft if stage == 0 else soft + (scores * acting - soft).detach()
         return scores * self.state["keep"], self.offset * self.state["keep_offset"]
 
     def temperature(self, step: int) -> float:
@@ -297,8 +291,15 @@ class _Training:
         return self.target + (swing if stage == 1 else 0.0)
 
     def soft(self, scores: Tensor, temperature: float) -> Tensor:
-        """g."""
+        """h."""
         return torch.sigmoid((scores - self.soco.threshold) / temperature)
+
+    def counted(self, step: int) -> Tensor:
+        """What of each direction counts in ρ̃: h, from stage 2 on 0 or 1."""
+        scores = self.soco.scores(self.raw.detach())
+        if self.soco.gated and self.soco.stage(step)[0] > 0:
+            return (scores > self.soco.threshold).to(scores)
+        return self.soft(scores, self.temperature(step))
 
     @torch.no_grad()
     def ratio(self, kept: Tensor) -> float:
@@ -318,7 +319,7 @@ class _Training:
         soco = self.soco
         self.fade(step)
         scores, offsets = self._values(step)
-        ratio = self.ratio(self.soft(soco.scores(self.raw.detach()), self.temperature(step)) * self.state["keep"])
+        ratio = self.ratio(self.counted(step) * self.state["keep"])
         if step == 0:
             self.state["initial"].fill_(ratio)
         # one graph from θ to s, many from s to the losses of the windows
@@ -344,13 +345,15 @@ class _Training:
 
     def penalty(self, step: int) -> Tensor:
         """λ C; in stage 3 of the directions that are to go only."""
-        prices = self.gates.prices(self.soft(self.soco.scores(self.raw), self.temperature(step))) / self.gates.dense
+        soft = self.soft(self.soco.scores(self.raw), self.temperature(step))
+        prices = self.gates.prices(soft) / self.gates.dense
         stage, _ = self.soco.stage(step)
         if stage == 1:  # matrices that are dense in the exact plan save nothing by less
             prices = prices * self.state["open"]
         elif stage == 2:
             prices = prices * (self.state["chosen"] == 0)
-        return float(self.state["multiplier"]) * (prices * self.soco.scores(self.raw)).sum()
+        paid = soft if self.soco.gated else self.soco.scores(self.raw)
+        return float(self.state["multiplier"]) * (prices * paid).sum()
 
     @torch.no_grad()
     def fade(self, step: int) -> None:
@@ -377,8 +380,7 @@ class _Training:
             self.raw.clamp_(max=self.soco.begin())
             if stage == 1:
                 self.choose(self.soco.scores(self.raw))
-            soft = self.soft(self.soco.scores(self.raw), self.temperature(step))
-            error = self.ratio(soft) - self.wanted(step)
+            error = self.ratio(self.counted(step)) - self.wanted(step)
             self.state["integral"] += self.soco.dual / self.soco.steps * error
             self.state["integral"].clamp_min_(0)
             self.state["multiplier"].copy_((self.state["integral"] + DAMPING * self.soco.dual * error).clamp_min(0))

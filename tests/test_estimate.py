@@ -1,0 +1,85 @@
+"""What a dry run predicts against what runs leave on disk, and what a training holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import spectrim
+from spectrim import recipe
+from spectrim.core.budget import largest_rank
+from spectrim.estimate import Estimate, estimate
+from tests.conftest import letters, save_model
+from tests.families import FAMILIES
+
+LENGTH, SEQUENCES = 24, 16
+QUICK = ["groups.0.decompose.tolerance=0.001"]
+STEPS = ["groups.0.allocate.steps=8", "groups.0.allocate.batch=2"]
+POLICY = [f"groups.0.allocate.{setting}" for setting in ("passes=1", "batch=8", "trial=2", "checks=2")]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One block, wide enough that matrices and not names fill the files."""
+    folder = tmp_path_factory.mktemp("models") / "llama"
+    sizes = {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 1}
+    return save_model(FAMILIES["llama"].make(**sizes), folder)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(letters(LENGTH * SEQUENCES * 4), encoding="utf-8")
+    return str(file)
+
+
+def asked(name: str, settings: list[str] | None = None, format: str = "plain") -> recipe.Recipe:
+    shortcuts = {"ratio": 0.4, "sequences": SEQUENCES, "length": LENGTH, "format": format}
+    return recipe.build(name, shortcuts, ["calibrate.batch=4", *(settings or [])])
+
+
+@pytest.mark.parametrize(
+    ("name", "format", "settings"),
+    [
+        ("whitened", "plain", []), ("whitened", "pivot", ["calibrate.sequential=true"]), ("magnitude", "plain", []),
+        ("duo-svd-columns", "plain", []), ("cap-greedy", "plain", QUICK), ("soco", "plain", STEPS),
+        ("cap", "plain", [*QUICK, *POLICY]),
+    ],
+)  # fmt: skip
+def test_the_work_directory_has_about_the_size_that_was_predicted(
+    name: str, format: str, settings: list[str], model: Path, text: str, tmp_path: Path
+) -> None:
+    given = asked(name, settings, format)
+    guessed = estimate(model, given)
+    spectrim.compress(model, given, text=text, out=tmp_path / "out", work=tmp_path / "work")
+    measured = sum(file.stat().st_size for file in (tmp_path / "work").rglob("*") if file.is_file())
+    assert guessed.disk["work"] + guessed.disk.get("windows", 0) == pytest.approx(measured, rel=0.2)
+    windows = sum(file.stat().st_size for file in (tmp_path / "work").glob("windows/*"))
+    assert 0 <= windows - guessed.disk.get("windows", 0) < 200
+
+
+def of(model: Path, name: str, settings: list[str] | None = None) -> Estimate:
+    return estimate(model, asked(name, settings))
+
+
+def test_candidates_for_learning_are_whole(model: Path) -> None:
+    plain, learned = of(model, "svd"), of(model, "soco")
+    parts = [t.parts[0] for t in plain.structure.targets]
+    more = sum(4 * p.out_features * (min(p.out_features, p.in_features) - largest_rank("low_rank", p)) for p in parts)
+    assert learned.disk["work"] - plain.disk["work"] > more > 0
+    both = [of(model, "soco", [f"groups.0.format={format}"]).disk["work"] for format in ("plain", "pivot")]
+    assert both[0] == both[1]
+
+
+def test_memory_has_the_factors_of_all_targets_in_a_training(model: Path) -> None:
+    learned, deviated, plain = of(model, "soco"), of(model, "duo-svd"), of(model, "svd")
+    parts = [t.parts[0] for t in plain.structure.targets]
+    factors = sum(4 * (p.out_features + p.in_features) * min(p.out_features, p.in_features) for p in parts)
+    dense = sum(4 * p.parameters for p in parts)
+    assert learned.memory["factors"] == factors - dense
+    assert learned.memory["model"] >= dense and "factors" not in {**deviated.memory, **plain.memory}
+    longer = of(model, "soco", ["calibrate.length=48"]).memory["training"]
+    assert longer == 2 * learned.memory["training"] > 0
+    sparse = of(model, "cap")
+    assert sparse.memory["factors"] > 0 and sum(learned.memory.values()) > sum(plain.memory.values())
