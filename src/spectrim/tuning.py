@@ -17,7 +17,7 @@ import yaml
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-from spectrim.core import distributed, registry
+from spectrim.core import distributed, heap, registry
 from spectrim.core.finetuner import Finetuner, finetuners
 from spectrim.core.progress import Progress, silent
 from spectrim.core.store import hash_of, write_json
@@ -39,6 +39,8 @@ from spectrim.run import Timings
 logger = logging.getLogger(__name__)
 
 DEFAULT_WINDOW = 2048
+# Activations come and go at every step: of pieces above this glibc's heap would hold as much again as is used.
+TRAINING = 2**18
 # Part of the key that checkpoints lie under: raise it when what they hold changes its meaning.
 VERSION = 1
 
@@ -47,8 +49,8 @@ VERSION = 1
 class Data:
     """How a training file is read.
 
-    kind: text, instructions, chat, or by what is in it (auto); window: tokens of a row at most, of a text exactly (None:
-    the model's maximum, at most 2048); long: rows whose response exceeds it; field: of the text in a row of a text.
+    kind: text, instructions, chat, or by what is in it (auto); window: tokens of a row at most, of a text exactly
+    (None: the model's maximum, at most 2048); long: rows whose response exceeds it; field: of a text's rows.
     """
 
     kind: instructions.Kind = "auto"
@@ -142,6 +144,7 @@ def requested(method: str, shortcuts: Mapping[str, Any], settings: Sequence[str]
         raise RecipeError(str(error)) from error
 
 
+@heap.small(TRAINING)
 def tune(
     model: str | Path,
     data: str,
@@ -165,9 +168,9 @@ def tune(
 ) -> Tuned:
     """Tune a compressed model directory on a text or on instructions, and write the tuned one to `out`.
 
-    data: a file or dataset name (see `spectrim.data.instructions.rows`). method: one of `finetuners()`. dense: the second
-    model of methods that need one. teacher: a dense model to learn from, by KL divergence. steps, epochs, …: shortcuts to
-    `settings`. work: where checkpoints lie meanwhile (default `out`.work): the same command goes on from the last one.
+    data: a file or dataset name (see `spectrim.data.instructions.rows`). method: one of `finetuners()`. dense: the
+    second model of methods that need one. teacher: a dense model to learn from, by KL divergence. steps, epochs, …:
+    shortcuts to `settings`. work: where checkpoints lie meanwhile (default `out`.work): the same command goes on from the last one.
     Raises ValueError (RecipeError for settings) for bad input, before anything heavy where it can be seen then.
     """
     shortcuts = {
@@ -296,6 +299,7 @@ class _Run:
         wide = self.device.type == "cpu" or self.asked.train.precision == "float32"
         with quiet():
             model = loading.load(directory, dtype=torch.float32 if wide else "auto", trust_remote_code=self.trust)
+        heap.give_back()
         return moved(model, self.device).requires_grad_(False).eval()
 
     def key(self) -> str:

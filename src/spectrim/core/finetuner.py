@@ -69,7 +69,7 @@ class Session:
 
 @runtime_checkable
 class Finetuner(Protocol):
-    """A way of tuning. A frozen dataclass: its fields are its settings. Naming it as a base gives the defaults below."""
+    """A way of tuning. A frozen dataclass: its fields are its settings. As a base it gives the defaults below."""
 
     @property
     def wants(self) -> Wants:
@@ -117,7 +117,7 @@ def finetuner(name: str) -> Callable[[Way], Way]:
 
 
 def finetuners() -> dict[str, type[Any]]:
-    """Every registered way of tuning by name: the shipped ones and those of the entry-point group `spectrim.finetune`."""
+    """Every registered way of tuning by name: those shipped, and those of the entry-point group `spectrim.finetune`."""
     import spectrim.finetune  # noqa: F401  they register themselves when imported
 
     for point in entry_points(group="spectrim.finetune"):

@@ -18,15 +18,16 @@ def _glibc(name: str) -> Any:
 
 
 @contextmanager
-def small() -> Iterator[None]:
-    """While inside, what is allocated of 8 MiB or more leaves the process when freed (glibc only); also a decorator.
+def small(least: int = _SMALL) -> Iterator[None]:
+    """While inside, what is allocated of `least` bytes or more leaves the process when freed (glibc only).
 
     By itself glibc puts pieces of up to 32 MiB into its heap, between small ones that live on, and a run holds up to
-    half as much again as it uses. From 1 MiB on, the pages that come and go would take 9 % of a run.
+    half as much again as it uses. From 1 MiB on, the pages that come and go would take 9 % of a compression. Also a
+    decorator.
     """
     mallopt = _glibc("mallopt")
     if mallopt is not None:
-        mallopt(_MMAP_THRESHOLD, _SMALL)
+        mallopt(_MMAP_THRESHOLD, least)
     try:
         yield
     finally:

@@ -44,7 +44,7 @@ def dense_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def kept_columns(module: Format, factor: str) -> int:
-    """How many of a factor's first input columns are columns of the dense weight, kept exactly: those of a pivot's base."""
+    """How many of a factor's first input columns are kept columns of the dense weight: those of a pivot's base."""
     return int(module.spec().get("kept", 0)) if factor == "base" else 0
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -35,9 +35,10 @@ TRAINED, STATE, COMPLETE = "trained.safetensors", "session.safetensors", "comple
 class Training:
     """How long and how: the words of transformers' TrainingArguments where they have one.
 
-    steps: moves of the optimizer, or `epochs` over the rows (1 if neither is given). batch_size: rows of a step, over all
-    processes; micro_batch_size: rows of one forward pass of one process (None: as many as the batch leaves it). save_steps is
-    rounded up to a multiple of logging_steps. precision: auto is bfloat16 on a GPU and float32 on a CPU. learning_rate: None is the method's own.
+    steps: moves of the optimizer, or `epochs` over the rows (1 if neither is given). batch_size: rows of a step, over
+    all processes; micro_batch_size: rows of one forward pass of one process (None: as many as the batch leaves it).
+    learning_rate: None is the method's own. save_steps is rounded up to a multiple of logging_steps. precision: auto is
+    bfloat16 on a GPU and float32 on a CPU.
     """
 
     steps: int | None = None
@@ -77,7 +78,7 @@ class Training:
             raise ValueError(f"warmup_ratio is {self.warmup_ratio}: the share of the steps is in [0, 1)")
 
     def accumulated(self, processes: int) -> tuple[int, int]:
-        """Rows of one forward pass, and how many of these make a step. Raises ValueError where rows do not share out."""
+        """Rows of one forward pass, and how many of these make a step. ValueError where rows do not share out."""
         share, rest = divmod(self.batch_size, processes)
         micro = self.micro_batch_size or share
         if rest or share == 0 or share % micro:
@@ -98,8 +99,8 @@ class Training:
 class Distillation:
     """Learning from a dense model beside, or instead of, the text.
 
-    weight: of KL(dense ‖ tuned) at that temperature, times temperature², cross entropy has 1 − weight. hidden: weight of
-    the mean over blocks of ‖h − h_dense‖² / ‖h_dense‖², summed over the positions that count.
+    weight: of KL(dense ‖ tuned) at that temperature, times temperature²; cross entropy has 1 − weight. hidden: weight
+    of ‖h − h_dense‖² / ‖h_dense‖², a mean over blocks and over the positions that count.
     """
 
     weight: float = 1.0
@@ -137,9 +138,9 @@ class Micro:
     settings: Distillation
 
     @property
-    def kept(self) -> Tensor:
-        """Where a prediction counts, batch × (length − 1)."""
-        return self.inputs["labels"][:, 1:] != IGNORED
+    def wanted(self) -> Int[Tensor, "batch length"]:
+        """The token that each position is to predict, IGNORED where none counts. Logits are not cut: they are large."""
+        return nn.functional.pad(self.inputs["labels"][:, 1:], (0, 1), value=IGNORED)
 
     def answer(self) -> Any:
         """Run the model."""
@@ -151,40 +152,39 @@ class Micro:
 
     def score(self, answer: Any) -> Float[Tensor, ""]:
         """Cross entropy and distillation, as asked."""
-        logits = answer.logits[:, :-1][self.kept]
         weight = self.settings.weight if self.teacher is not None else 0.0
-        loss = logits.new_zeros((), dtype=torch.float32)
+        loss = answer.logits.new_zeros((), dtype=torch.float32)
         if weight < 1:
-            wanted = self.inputs["labels"][:, 1:][self.kept]
-            loss = (1 - weight) * nn.functional.cross_entropy(logits.float(), wanted, reduction="sum") / self.count
-        return loss if self.teacher is None else loss + self._taught(answer, logits, weight)
+            logits, wanted = answer.logits.float().flatten(0, 1), self.wanted.flatten()
+            entropy = nn.functional.cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="sum")
+            loss = (1 - weight) * entropy / self.count
+        return loss if self.teacher is None else loss + self._taught(answer, weight)
 
-    def _taught(self, answer: Any, logits: Float[Tensor, "kept vocabulary"], weight: float) -> Float[Tensor, ""]:
+    def _taught(self, answer: Any, weight: float) -> Float[Tensor, ""]:
         assert self.teacher is not None
         with torch.no_grad():
             dense = self.teacher(**self._call(self.settings.hidden > 0))
-        heat = self.settings.temperature
-        wanted = (dense.logits[:, :-1][self.kept].float() / heat).log_softmax(-1)
-        found = (logits.float() / heat).log_softmax(-1)
-        loss = weight * heat**2 * (wanted.exp() * (wanted - found)).sum() / self.count
+        heat, counts = self.settings.temperature, self.wanted != IGNORED
+        p, q = ((each.logits.float() / heat).log_softmax(-1) for each in (dense, answer))
+        loss = weight * heat**2 * ((p.exp() * (p - q)).sum(-1) * counts).sum() / self.count
         if self.settings.hidden:
-            apart = [
-                _relative(h[:, :-1][self.kept], d[:, :-1][self.kept])
-                for h, d in zip(answer.hidden_states[1:], dense.hidden_states[1:], strict=True)
-            ]
-            loss = loss + self.settings.hidden * torch.stack(apart).mean() / self.count
+            pairs = zip(answer.hidden_states[1:], dense.hidden_states[1:], strict=True)
+            apart = torch.stack([(_relative(state, taught) * counts).sum() for state, taught in pairs])
+            loss = loss + self.settings.hidden * apart.mean() / self.count
         return loss
 
     def distance(self, first: Any, second: Any) -> Float[Tensor, ""]:
         """½ KL(p‖q) + ½ KL(q‖p)."""
-        p, q = (each.logits[:, :-1][self.kept].float().log_softmax(-1) for each in (first, second))
-        return 0.5 * ((p.exp() - q.exp()) * (p - q)).sum() / self.count
+        p, q = (each.logits.float().log_softmax(-1) for each in (first, second))
+        return 0.5 * (((p.exp() - q.exp()) * (p - q)).sum(-1) * (self.wanted != IGNORED)).sum() / self.count
 
 
-def _relative(state: Float[Tensor, "kept hidden"], dense: Float[Tensor, "kept hidden"]) -> Float[Tensor, ""]:
-    """Σ over positions of ‖h − d‖² / ‖d‖²."""
+def _relative(
+    state: Float[Tensor, "batch length hidden"], dense: Float[Tensor, "batch length hidden"]
+) -> Float[Tensor, "batch length"]:
+    """‖h − d‖² / ‖d‖² of each position."""
     gap, size = (state.float() - dense.float()).square().sum(-1), dense.float().square().sum(-1)
-    return (gap / size.clamp_min(torch.finfo(torch.float32).tiny)).sum()
+    return gap / size.clamp_min(torch.finfo(torch.float32).tiny)
 
 
 class _Hooks(TrainerCallback):
