@@ -18,8 +18,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks import common
 from benchmarks.common import Bound, Case
 from spectrim.core import budget
+from spectrim.core.meter import Meter, compare, total
 from spectrim.core.registry import Problem
-from spectrim.methods.deviation import Deviation, Meter, base_of, compare, total
+from spectrim.methods.deviation import Deviation, base_of
 from spectrim.methods.svd import PlainSVD
 from spectrim.model import targets
 from spectrim.model.live import Installed

@@ -28,6 +28,7 @@ SMALL = {
     "deviation": {"grid": (0.0, 0.5), "sequences": 2},
     "bayesian": {"evaluations": 3, "initial": 1, "sequences": 2},
     "soco": {"steps": 4, "batch": 2},
+    "measured_curve": {"trial": 2, "multiple": 1},
     "acip": {"steps": 6, "batch": 2, "post": 1, "snapshots": 0},
 }
 EACH = pytest.mark.parametrize("name", sorted(DECOMPOSERS))

@@ -77,9 +77,52 @@ def test_memory_has_the_factors_of_all_targets_in_a_training(model: Path) -> Non
     parts = [t.parts[0] for t in plain.structure.targets]
     factors = sum(4 * (p.out_features + p.in_features) * min(p.out_features, p.in_features) for p in parts)
     dense = sum(4 * p.parameters for p in parts)
-    assert learned.memory["factors"] == factors - dense
-    assert learned.memory["model"] >= dense and "factors" not in {**deviated.memory, **plain.memory}
-    longer = of(model, "soco", ["calibrate.length=48"]).memory["training"]
-    assert longer == 2 * learned.memory["training"] > 0
+    held = learned.stages["allocate"]
+    assert held["factors"] == factors - dense
+    assert held["model"] >= dense and "factors" not in {**deviated.stages["allocate"], **plain.stages["allocate"]}
+    longer = of(model, "soco", ["calibrate.length=48"]).stages["allocate"]["training"]
+    assert longer == 2 * held["training"] > 0
     sparse = of(model, "cap")
-    assert sparse.memory["factors"] > 0 and sum(learned.memory.values()) > sum(plain.memory.values())
+    assert sparse.stages["allocate"]["factors"] > 0 and sum(learned.memory.values()) > sum(plain.memory.values())
+
+
+def test_a_limit_leaves_room_for_as_many_hidden_states_as_fit(model: Path) -> None:
+    free = of(model, "whitened", ["calibrate.sequences=4096"])
+    largest = max(sum(causes.values()) for causes in free.stages.values())
+    limit = largest - 1_000_000
+    limited = estimate(model, asked("whitened", ["calibrate.sequences=4096"]), memory=limit)
+    assert max(sum(causes.values()) for causes in limited.stages.values()) <= limit
+    states = [found.stages["calibrate"]["hidden_states"] for found in (free, limited)]
+    assert states[0] - 1_100_000 < states[1] < states[0]
+    assert limited.disk["hidden_states"] == 4096 * LENGTH * 96 * 4 and "hidden_states" not in free.disk
+    assert limited.stage_disk["calibrate"] - free.stage_disk["calibrate"] == limited.disk["hidden_states"]
+    with pytest.raises(recipe.RecipeError, match="is too little: this run needs"):
+        estimate(model, asked("whitened"), memory="0.1MB")
+
+
+def test_the_work_directory_at_its_fullest_with_hidden_states(tmp_path: Path, text: str) -> None:
+    sizes = {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 3}
+    three = save_model(FAMILIES["llama"].make(**sizes), tmp_path / "dense")
+    guessed = estimate(three, asked("whitened"), memory="50MB")
+    largest = 0
+
+    def look(stage: str, done: int, total: int) -> None:
+        nonlocal largest
+        files = [file for file in (tmp_path / "work").rglob("*") if file.is_file()]
+        largest = max(largest, sum(file.stat().st_size for file in files))
+
+    spectrim.compress(
+        three, asked("whitened"), text=text, out=tmp_path / "out", work=tmp_path / "work", memory="50MB", progress=look
+    )
+    assert guessed.stage_disk["decompose"] == pytest.approx(largest, rel=0.2)
+
+
+def test_times_of_all_stages_once_a_block_was_timed(model: Path) -> None:
+    found = estimate(model, asked("whitened"), time=True)
+    assert set(found.seconds) == {"fingerprint", "calibrate", "decompose", "allocate", "write"}
+    assert all((found.seconds[name] or 0) > 0 for name in ("calibrate", "decompose", "write"))
+    assert found.to_json()["stages"]["decompose"]["seconds"] == found.seconds["decompose"]
+    assert of(model, "whitened").seconds == {} and "seconds" not in of(model, "whitened").to_json()
+    gradients = estimate(model, asked("fwsvd"), time=True).seconds
+    assert gradients["calibrate"] is None and gradients["allocate"] == 0.0
+    assert estimate(model, asked("svd"), time=True).seconds["calibrate"] == 0

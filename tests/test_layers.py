@@ -19,10 +19,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("data", "model"),
     ("calibrate", "learn", "measure.evaluate", "measure.speed"),
     ("methods", "finetune"),
-    ("recipe", "jobs", "stored", "run", "pipeline", "estimate", "tuning"),
+    (
+        "recipe", "jobs", "stored", "needs", "lean", "run", "second", "planning", "timing", "pipeline", "estimate",
+        "tuning",
+    ),
     ("measure.compare", "measure.plot", "measure.apart", "measure.zero_shot", "measure.report"),
     ("cli", "commands", "__main__", "__init__"),
-)
+)  # fmt: skip
 # Layer 3 sees of layer 2 only these.
 SEEN_BY_METHODS = ("calibrate.statistics", "learn.gates", "learn.harden", "learn.training", "learn.tuning")
 # Files without a folder of their own that may import each other.

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 app = typer.Typer(
@@ -40,15 +43,28 @@ Format = Annotated[str | None, typer.Option("--format", help="plain (as publishe
 Settings = Annotated[list[str] | None, typer.Option("--set", help="Any key of the recipe: a.b=c.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a filled output directory.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with a checkpoint.")]
+Memory = Annotated[str | None, typer.Option("--memory", help="What a run may hold beside its imports: 6GB, 512MiB.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 logger = logging.getLogger("spectrim")
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came: what tidies up after Ctrl-C does so after it too."""
+
+
+def _terminate(number: int, frame: object) -> None:
+    signal.signal(number, signal.SIG_IGN)  # a second one must not stop the tidying up
+    raise _Terminated
+
+
 @contextmanager
 def _failures() -> Iterator[None]:
-    """Bad input as one message: exit code 2 for what was asked, 1 for what failed."""
+    """Bad input as one message: exit code 2 for what was asked, 1 for what failed, 128 + its number for a signal."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         yield
     except Exception as error:
@@ -58,13 +74,17 @@ def _failures() -> Iterator[None]:
         if not isinstance(error, (ValueError, TypeError, OSError, ImportError, RuntimeError, StoreError)):
             raise
 
-        err_console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        err_console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         if os.environ.get("SPECTRIM_TRACEBACK"):
             raise
         raise typer.Exit(2 if isinstance(error, RecipeError) else 1) from error
-    except KeyboardInterrupt:
-        err_console.print("interrupted; no output was written, and finished work is kept for the next run")
-        raise typer.Exit(130) from None
+    except KeyboardInterrupt as stopped:
+        word, number = ("terminated", 143) if isinstance(stopped, _Terminated) else ("interrupted", 130)
+        err_console.print(f"{word}; no output was written, and finished work is kept for the next run")
+        raise typer.Exit(number) from None
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextmanager
@@ -129,6 +149,7 @@ def compress(
     device: Device = "cpu",
     dtype: Dtype = None,
     format: Format = None,
+    memory: Memory = None,
     overwrite: Overwrite = False,
     trust_remote_code: Trust = False,
     set_: Settings = None,
@@ -141,7 +162,7 @@ def compress(
 
         result = pipeline.compress(
             model, asked, text=text, out=out, work=work, device=device, dtype=_dtype(dtype), overwrite=overwrite,
-            trust_remote_code=trust_remote_code, progress=progress,
+            trust_remote_code=trust_remote_code, memory=memory, progress=progress,
         )  # fmt: skip
     if as_json:
         _print_json({**result.summary, "run": result.run})
@@ -326,6 +347,8 @@ def plan(
     length: Length = None,
     format: Format = None,
     device: Device = "cpu",
+    memory: Memory = None,
+    time: Annotated[bool, typer.Option("--time", help="Time one block, and say how long a run will take.")] = False,
     trust_remote_code: Trust = False,
     set_: Settings = None,
     as_json: Json = False,
@@ -335,7 +358,7 @@ def plan(
         asked = _recipe(recipe, ratio, format, set_, sequences=sequences, length=length)
         from spectrim.estimate import estimate
 
-        found = estimate(model, asked, device, trust_remote_code)
+        found = estimate(model, asked, device, trust_remote_code, memory, time)
     data = found.to_json()
     if as_json:
         _print_json(data)
@@ -356,6 +379,20 @@ def plan(
     sums.add_row("peak memory, estimated", f"{sum(data['peak_memory_bytes'].values()) / 1e9:.2f} GB")
     sums.add_row("disk, output / work", " / ".join(f"{data['disk_bytes'][k] / 1e9:.2f} GB" for k in ("output", "work")))
     out_console.print(sums)
+    needed = Table("stage", "memory beside imports", "disk", *(["time"] if time else []))
+    for name, of_stage in data["stages"].items():
+        sizes = (sum(of_stage["memory_bytes"].values()), of_stage["disk_bytes"])
+        needed.add_row(
+            name, *(f"{size / 1e9:.2f} GB" for size in sizes), *([_time(of_stage["seconds"])] if time else [])
+        )
+    out_console.print(needed)
+
+
+def _time(seconds: float | None) -> str:
+    """A time to read."""
+    if seconds is None:
+        return "not known"
+    return f"{seconds:.1f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 @app.command()

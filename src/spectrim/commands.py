@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from spectrim import pipeline
 from spectrim.core.progress import Progress, silent
@@ -17,7 +17,7 @@ from spectrim.measure import evaluate as measures
 from spectrim.measure.speed import speed as measure_speed
 from spectrim.model import loading
 from spectrim.model.checkpoint import moved, quiet
-from spectrim.model.files import read_config, resolve, weight_files
+from spectrim.model.files import read_config, read_tokenizer, resolve, weight_files
 
 PROMPT = "Once upon a time"
 WINDOW = 256  # what the bundled model was trained on
@@ -47,7 +47,7 @@ def evaluate(
         raise ValueError("give the text to measure on: --text FILE")
     dtype = dtype or pipeline.compute_dtype(device)
     loaded = open_model(directory, device, dtype, trust_remote_code)
-    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    tokenizer = read_tokenizer(directory, trust_remote_code)
     dense = None if reference is None else open_model(resolve(reference), device, dtype, trust_remote_code)
     found = measures.evaluate(
         loaded, tokenizer, text, window, limit, reference=dense,

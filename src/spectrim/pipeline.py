@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
+from spectrim import lean, needs
 from spectrim import recipe as recipes
-from spectrim.core import heap
+from spectrim.core import heap, lock
 from spectrim.core.plan import Candidate, Plan
 from spectrim.core.progress import Progress, silent
 from spectrim.core.store import Store, hash_of, write_json
@@ -27,7 +28,8 @@ from spectrim.jobs import Job, allocate_early, plan_jobs
 from spectrim.measure.evaluate import max_positions, parameters
 from spectrim.model import apply, blocks, targets, writer
 from spectrim.model.checkpoint import Checkpoint, LiveModel, Weights
-from spectrim.model.files import resolve
+from spectrim.model.files import read_tokenizer, resolve
+from spectrim.planning import planned
 from spectrim.recipe import Recipe
 from spectrim.run import Run, Timings
 
@@ -66,6 +68,7 @@ def compress(
     overwrite: bool = False,
     trust_remote_code: bool = False,
     settings: Sequence[str] = (),
+    memory: str | int | None = None,
     progress: Progress = silent,
 ) -> Result:
     """Compress a model directory (or hub name) into `out`, or a live model in place.
@@ -73,26 +76,33 @@ def compress(
     ratio: fraction of the targets' parameters to remove. text: files or dataset names, `NAME=WEIGHT` for a mixture
     (with `tokenizer` for a live model), or token windows; needed where the recipe measures anything. work: where
     statistics and decompositions are kept for the next run (default `out`.work); without `out`, a live model's are
-    kept only if given. Raises ValueError (and RecipeError, StoreError) before anything heavy for bad input.
+    kept only if given. memory: what the run may hold beside its imports (`6GB`, `512MiB`, bytes): hidden states that
+    do not fit lie in files in the work directory, and a killed run goes on at its block. Raises ValueError (and
+    RecipeError, StoreError) before anything heavy for bad input, a limit that is too low, or a disk that is too full.
     """
     shortcuts = {"ratio": ratio, "sequences": sequences, "length": length, "seed": seed, "format": format}
     asked = recipes.build(recipe, shortcuts, settings)
+    limit = None if memory is None else needs.parse_size(memory)
     timings = Timings()
     with timings.stage("read"):
         source = _source(model, out, device, overwrite, trust_remote_code)
         if text is None and model == "reference":
             text = "reference"
         if isinstance(source, Checkpoint) and tokenizer is None and text is not None and not isinstance(text, Tensor):
-            tokenizer = AutoTokenizer.from_pretrained(source.directory, trust_remote_code=trust_remote_code)
+            tokenizer = read_tokenizer(source.directory, trust_remote_code)
     with timings.stage("targets"):
         structure = blocks.share_inputs(source.model, targets.find(source.model))
         jobs = plan_jobs(asked, structure)
         early = [allocate_early(job, asked) for job in jobs]
+        setting = _setting(source, structure, asked, jobs, text)
+        room = None if limit is None else needs.room(setting, limit)
     with _store(work, out) as store:
         with timings.stage("text"):
             windows = _windows(asked, jobs, text, tokenizer, source.model, store)
         run = Run(source, structure, asked, jobs, windows, torch.device(device), store, timings, progress, dtype)
-        plan, candidates = run.planned(early)
+        run.room = room
+        run.lean = _lean(run, setting, early, out)
+        plan, candidates = planned(run, early)
         return _finish(run, plan, candidates, out, overwrite, dtype)
 
 
@@ -116,16 +126,53 @@ def _source(
 
 @contextmanager
 def _store(work: str | Path | None, out: Path | str | None) -> Iterator[Store]:
-    """The work directory; a temporary one for a live model without `work`."""
+    """The work directory, which no other run may use meanwhile; a temporary one for a live model without `work`."""
     import tempfile
 
-    if work is not None:
-        yield Store(Path(work))
-    elif out is not None:
-        yield Store(Path(f"{out}.work"))
-    else:
+    if work is None and out is None:
         with tempfile.TemporaryDirectory(prefix="spectrim-") as folder:
             yield Store(Path(folder))
+        return
+    store = Store(Path(work if work is not None else f"{out}.work"))
+    with lock.held(store.directory) as alone:
+        if alone:
+            store.tidy()
+        yield store
+
+
+def _setting(
+    source: Weights, structure: targets.Structure, asked: Recipe, jobs: Sequence[Job], text: Any
+) -> needs.Setting:
+    """What decides how much the run holds."""
+    longest = max_positions(source.model)
+    length = asked.calibrate.length or min(DEFAULT_LENGTH, longest or DEFAULT_LENGTH)
+    sequences = asked.calibrate.sequences
+    if isinstance(text, Tensor) and text.ndim == 2:
+        sequences, length = text.shape
+    stored = source.stored_dtype if isinstance(source, Checkpoint) else source.model.dtype
+    return needs.Setting(source.model, structure, asked, jobs, sequences, length, stored.itemsize)
+
+
+def _lean(run: Run, setting: needs.Setting, early: Sequence[Plan | None], out: str | Path | None) -> frozenset[str]:
+    """Targets whose factors are not stored. Raises StoreError where even then the disk is too full."""
+    sequential, directory = run.asked.calibrate.sequential, run.store.directory
+    only_second = sequential and all(plan is not None for plan in early)
+    # what a second pass has made already is known by the keys of the blocks before it, once it runs
+    pending = [] if only_second and (directory / "candidate").exists() else run.pending()
+    passes = 2 if sequential and not only_second else 1
+    return lean.chosen(run.jobs, pending, _beside(run, setting, out), directory, passes)
+
+
+def _beside(run: Run, setting: needs.Setting, out: str | Path | None) -> int:
+    """Bytes that the disk of the work directory has to take beside first candidates."""
+    found = 0
+    if run.room is not None and setting.measured and not setting.resident:
+        found += 2 * setting.hidden_states
+    if out is not None and lean.same_disk(Path(out), run.store.directory):
+        dense = sum(target.parameters for target in run.targets)
+        total = sum(p.numel() for p in setting.model.parameters())
+        found += setting.stored * (total - dense + sum(job.budget for job in run.jobs))
+    return found
 
 
 def compute_dtype(device: str | torch.device) -> torch.dtype | None:
@@ -244,5 +291,6 @@ def _facts(run: Run) -> dict[str, Any]:
             "threads": torch.get_num_threads(),
         },
         "timings": {name: round(seconds, 4) for name, seconds in run.timings.seconds.items()},
+        "peak_rss_bytes_until": run.timings.peaks,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }

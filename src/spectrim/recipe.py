@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import fnmatch
 import importlib.resources
+import re
+import reprlib
 from collections.abc import Mapping, Sequence
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -136,9 +139,14 @@ def grouped(recipe: Recipe, targets: Sequence[Target], ffns: Sequence[Target] = 
 
 def shipped() -> dict[str, str]:
     """Names and one-line descriptions of the recipes in the package."""
+    return {name: yaml.safe_load(file.read_text(encoding="utf-8"))["about"] for name, file in _files().items()}
+
+
+def _files() -> dict[str, Traversable]:
+    """The recipes in the package by name, in the order of their names."""
     folder = importlib.resources.files("spectrim") / "recipes"
     files = sorted((f for f in folder.iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name)
-    return {f.name.removesuffix(".yaml"): yaml.safe_load(f.read_text(encoding="utf-8"))["about"] for f in files}
+    return {file.name.removesuffix(".yaml"): file for file in files}
 
 
 def read(name: str) -> dict[str, Any]:
@@ -147,18 +155,31 @@ def read(name: str) -> dict[str, Any]:
     if path.suffix in {".yaml", ".yml"} or path.is_file():
         if not path.is_file():
             raise RecipeError(f"no such recipe file: {name}")
-        text = path.read_text(encoding="utf-8")
-    elif name in shipped():
-        text = (importlib.resources.files("spectrim") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{name} cannot be read: {error}") from error
+    elif name in (known := _files()):
+        text = known[name].read_text(encoding="utf-8")
     else:
-        raise RecipeError(f"unknown recipe {name!r}: {registry.nearest(name, shipped().keys())}")
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{name} is no YAML: {error}") from error
-    if not isinstance(data, dict):
+        raise RecipeError(f"unknown recipe {name!r}: {registry.nearest(name, known.keys())}")
+    data = _parsed(text, name)
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         raise RecipeError(f"{name}: a recipe is a mapping with the keys {', '.join(Recipe.model_fields)}")
     return data
+
+
+# What the YAML reader raises: of its own, and where a value is no number, date or list of its kind (2001-99-99).
+_NO_YAML = (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError)
+
+
+def _parsed(text: str, name: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except RecursionError as error:
+        raise RecipeError(f"{name} is nested too deeply") from error
+    except _NO_YAML as error:
+        raise RecipeError(f"{name} is no YAML: {error}") from error
 
 
 def assign(data: dict[str, Any], path: str, value: Any) -> None:
@@ -173,16 +194,16 @@ def assign(data: dict[str, Any], path: str, value: Any) -> None:
     elif isinstance(place, dict):
         place[last] = value
     else:
-        raise RecipeError(f"cannot set {path!r}: {'.'.join(steps)} is {place!r}, not a mapping")
+        raise RecipeError(f"cannot set {path!r}: {'.'.join(steps)} is {_short(place)}, not a mapping")
 
 
 def _step(place: Any, step: str, path: str) -> Any:
     if isinstance(place, list):
-        if not step.isdigit() or int(step) >= len(place):
+        if re.fullmatch(r"[0-9]{1,9}", step) is None or int(step) >= len(place):
             raise RecipeError(f"cannot set {path!r}: {step!r} is no index of a list of {len(place)}")
         return place[int(step)]
     if not isinstance(place, dict):
-        raise RecipeError(f"cannot set {path!r}: {step!r} is below {place!r}, which is not a mapping")
+        raise RecipeError(f"cannot set {path!r}: {step!r} is below {_short(place)}, which is not a mapping")
     return place.setdefault(step, {})
 
 
@@ -207,10 +228,7 @@ def build(recipe: str | Recipe, shortcuts: Mapping[str, Any] | None = None, sett
         path, equals, value = setting.partition("=")
         if not equals:
             raise RecipeError(f"--set {setting!r}: write it as key.key=value")
-        try:
-            assign(data, path, yaml.safe_load(value))
-        except yaml.YAMLError as error:
-            raise RecipeError(f"--set {setting!r}: the value is no YAML: {error}") from error
+        assign(data, path, _parsed(value, f"--set {setting!r}: the value"))
     return validated(data, name)
 
 
@@ -240,4 +258,12 @@ def _explain(error: ValidationError) -> str:
     if problem["type"] == "extra_forbidden":
         known = _KEYS[str(problem["loc"][0]) if len(problem["loc"]) > 1 else ""]
         return f"unknown key {where}: {registry.nearest(str(problem['loc'][-1]), known)}"
-    return f"{where}: {problem['msg'].removeprefix('Value error, ')}, given {problem['input']!r}"
+    return f"{where}: {problem['msg'].removeprefix('Value error, ')}, given {_short(problem['input'])}"
+
+
+def _short(value: Any) -> str:
+    """A value as in Python, cut short: of few lines, YAML makes structures that fill the memory once written out."""
+    shown = reprlib.Repr()
+    shown.maxlevel = 3
+    shown.maxstring = shown.maxother = shown.maxlong = 200
+    return shown.repr(value)

@@ -1,10 +1,10 @@
-"""One run under way: candidates from the store or made now, the plan, and the second pass where it is asked for."""
+"""One run under way: what every stage reads, and candidates, from the store or made now."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
+import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,19 +17,19 @@ from torch import Tensor
 
 from spectrim.calibrate.collect import BlockStatistics, Wanted
 from spectrim.calibrate.resident import resident
+from spectrim.calibrate.states import InFiles, InMemory
 from spectrim.calibrate.streamed import streamed
 from spectrim.core import budget
 from spectrim.core import plan as plans
 from spectrim.core.plan import Candidate, Choice, Part, Plan, Target
 from spectrim.core.progress import Progress
-from spectrim.core.store import Store, hash_of
-from spectrim.jobs import Job, allocate
+from spectrim.core.store import Store
+from spectrim.jobs import Job
 from spectrim.model import targets
 from spectrim.model.blocks import Batch
-from spectrim.model.checkpoint import Checkpoint, Weights
-from spectrim.model.live import Installed
+from spectrim.model.checkpoint import Weights
 from spectrim.recipe import Recipe
-from spectrim.stored import StoreSlot, packed, unpacked_units
+from spectrim.stored import packed, unpacked_units
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +38,10 @@ NOTHING = BlockStatistics({}, {}, {})
 
 @dataclass
 class Timings:
-    """Seconds of each stage, in order."""
+    """Seconds of each stage, in order, and the peak of resident memory until its end."""
 
     seconds: dict[str, float] = field(default_factory=dict)
+    peaks: dict[str, int] = field(default_factory=dict)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -50,10 +51,11 @@ class Timings:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            self.peaks[name] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class Run:
-    """What every stage reads, and the stages from calibration to the plan."""
+    """What every stage reads, calibration and decomposition."""
 
     def __init__(
         self,
@@ -67,44 +69,25 @@ class Run:
         timings: Timings,
         progress: Progress,
         dtype: torch.dtype | None = None,
+        fingerprint: str | None = None,
     ):
         self.source, self.structure, self.asked, self.jobs = source, structure, asked, jobs
         self.windows, self.device, self.store = windows, device, store
         self.timings, self.progress, self.dtype = timings, progress, dtype
         with timings.stage("fingerprint"):
-            self.fingerprint = source.fingerprint()
+            self.fingerprint = source.fingerprint() if fingerprint is None else fingerprint
+        # hidden states: bytes of them in memory, the rest in files (None: all in memory)
+        self.room: int | None = None
+        # targets whose factors are not stored
+        self.lean: frozenset[str] = frozenset()
         self.data = None if windows is None else hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest()
         self.decomposers = {name: d for job in jobs for name, d in job.decomposers.items()}
         self.formats = {target.name: job.format for job in jobs for target in job.targets}
         self.targets = [target for job in jobs for target in job.targets]
+        self.reread = {target.name for job in jobs if job.allocator.sees == "model" for target in job.targets}
         self.complete = {target.name for job in jobs if job.allocator.learns for target in job.targets}
 
-    def planned(self, early: Sequence[Plan | None]) -> tuple[Plan, dict[str, Candidate]]:
-        """The whole plan, and the candidates to cut to it; `early` are the plans made of shapes alone, by job."""
-        ready = [plan for plan in early if plan is not None]
-        sequential = self.asked.calibrate.sequential
-        if sequential and len(ready) == len(early):
-            plan, candidates = self.second_pass(plans.merge(ready))
-        else:
-            candidates = self.candidates()
-            with self.timings.stage("allocate"):
-                live = _Lazily(lambda: self._live(candidates))
-                pairs = zip(early, self.jobs, strict=True)
-                chosen = [done or self._allocate(job, candidates, live) for done, job in pairs]
-            merged = plans.merge(chosen)
-            candidates |= {name: replace(candidates[name], learned=made) for name, made in merged.learned.items()}
-            plan = self._settled(merged, candidates)
-            if sequential:
-                plan, candidates = self.second_pass(plan)
-        plan = replace(plan, notes=(*self.structure.notes, *plan.notes))
-        key = {"recipe": self.asked.model_dump(), "weights": self.fingerprint, "text": self.data}
-        self.store.save_json("plan", key, plan.to_json())
-        if plan.learned:
-            named = {f"{target}.{name}": t for target, made in plan.learned.items() for name, t in made.items()}
-            self.store.save("plan", key, named)
-        return plan, candidates
-
-    def _key(self, target: Target, upstream: str | None = None) -> dict[str, Any]:
+    def key(self, target: Target, upstream: str | None = None) -> dict[str, Any]:
         """What made a candidate: not the ratio, nor the allocator, but for the plan of the blocks before it."""
         decomposer = self.decomposers[target.name]
         measured = {"text": self.data, "dtype": str(self.source.model.dtype)} if decomposer.needs else {}
@@ -113,44 +96,63 @@ class Run:
         if target.name in self.complete:
             measured["complete"] = "yes"
         return {
-            "weights": self.fingerprint, "target": asdict(target), "method": _named(decomposer),
+            "weights": self.fingerprint, "target": asdict(target), "method": named(decomposer),
             "format": self.formats[target.name], **measured,
         }  # fmt: skip
 
-    def _statistic_key(self, place: str, statistic: Any, upstream: str | None = None) -> dict[str, Any]:
+    def statistic_key(self, place: str, statistic: Any, upstream: str | None = None) -> dict[str, Any]:
         after = {} if upstream is None else {"upstream": upstream}
         return {
             "weights": self.fingerprint, "text": self.data, "place": place,
             "statistic": repr(statistic), "dtype": str(self.source.model.dtype), **after,
         }  # fmt: skip
 
+    def has(self, target: Target, upstream: str | None = None) -> bool:
+        """Whether the store has a candidate with all that it reads, or its spectrum and what its factors come from."""
+        key, decomposer = self.key(target, upstream), self.decomposers[target.name]
+        if self.store.has("candidate", key):
+            return self._kept(target, decomposer.keeps, upstream)
+        if target.name in self.reread or not self.store.has("spectrum", key):
+            return False
+        return self._kept(target, decomposer.needs, upstream)
+
+    def _kept(self, target: Target, of: Sequence[Any], upstream: str | None) -> bool:
+        keys = [self.statistic_key(_place(part, s), s, upstream) for part in target.parts for s in of]
+        return all(self.store.has("statistics", key) for key in keys)
+
+    def pending(self) -> list[Target]:
+        """Targets that are to be decomposed on the original model."""
+        return [target for target in self.targets if not self.has(target)]
+
     def candidates(self) -> dict[str, Candidate]:
         """Every target's candidate on the original model, from the store or made now."""
-        pending = [t for t in self.targets if not self.store.has("candidate", self._key(t))]
+        pending = self.pending()
         if pending:
             logger.info("%d of %d decompositions to make", len(pending), len(self.targets))
         of_blocks = tuple(dict.fromkeys(n for job in self.jobs for n in job.allocator.needs))
         wanted = self._wanted(pending, of_blocks)
         total, made = len(pending), 0
         with self.timings.stage("calibrate"):
-            for index, measured in self._drive(wanted):
+            for index, measured in self.drive(wanted):
                 of_block = wanted.get(index, Wanted())
                 for statistic in of_block.block:
-                    key = self._statistic_key(self.structure.block(index), statistic)
+                    key = self.statistic_key(self.structure.block(index), statistic)
                     self.store.save("statistics", key, {"value": measured.block[statistic]})
                 for target in of_block.targets:
                     made += 1
-                    self._decompose(target, measured)
+                    self.decompose(target, measured)
                     self.progress("decompose", made, total)
+                del measured  # not beside those of the next block
             for target in pending:
                 if not self.decomposers[target.name].needs:
                     made += 1
-                    self._decompose(target, NOTHING)
+                    self.decompose(target, NOTHING)
                     self.progress("decompose", made, total)
-        self._count_once()
-        return {target.name: self._stored(target) for target in self.targets}
+        self.count_once()
+        self.forget_states()
+        return {target.name: self.stored(target) for target in self.targets}
 
-    def _count_once(self) -> None:
+    def count_once(self) -> None:
         """Decomposition runs inside the calibration's loop."""
         if "decompose" in self.timings.seconds:
             self.timings.seconds["calibrate"] -= self.timings.seconds.pop("decompose inside", 0.0)
@@ -162,12 +164,18 @@ class Run:
             own = [t for t in pending if t.blocks[-1] == index and self.decomposers[t.name].needs]
             inside = {t: tuple(self.decomposers[t.name].needs) for t in own}
             block = self.structure.block(index)
-            missing = tuple(s for s in of_blocks if not self.store.has("statistics", self._statistic_key(block, s)))
+            missing = tuple(s for s in of_blocks if not self.store.has("statistics", self.statistic_key(block, s)))
             if inside or missing:
                 wanted[index] = Wanted(inside, missing)
         return wanted
 
-    def _drive(self, wanted: Mapping[int, Wanted], sequential: bool = False) -> Iterator[tuple[int, BlockStatistics]]:
+    def drive(
+        self,
+        wanted: Mapping[int, Wanted],
+        sequential: bool = False,
+        upstream: Callable[[int], str | None] = lambda block: None,
+    ) -> Iterator[tuple[int, BlockStatistics]]:
+        """Blocks with their statistics; upstream: in a second pass, what the states entering a block come from."""
         if not wanted:
             return iter(())
         assert self.windows is not None
@@ -179,26 +187,80 @@ class Run:
             )
         batches = [Batch(ids) for ids in self.windows.split(self.asked.calibrate.batch)]
         if not any(s.needs_gradient for w in wanted.values() for chosen in w.targets.values() for s in chosen):
-            return streamed(self.source, self.structure, batches, wanted, self.device, self.progress, sequential)
+            states = InMemory() if self.room is None else self._files(upstream if sequential else None)
+            return streamed(
+                self.source, self.structure, batches, wanted, self.device, self.progress, sequential, states
+            )
         model = self.source.whole(self.device)
         return resident(model, self.structure, batches, wanted, self.progress)
 
-    def _decompose(self, target: Target, measured: BlockStatistics, upstream: str | None = None) -> None:
+    def _files(self, upstream: Callable[[int], str | None] | None) -> InFiles:
+        """Hidden states in the store, those of the second pass under what they come from."""
+        made = {
+            "weights": self.fingerprint, "text": self.data, "dtype": str(self.source.model.dtype),
+            "batch": self.asked.calibrate.batch,
+        }  # fmt: skip
+
+        def key(block: int) -> dict[str, Any] | None:
+            if upstream is None:
+                return made
+            before = upstream(block)
+            return None if before is None else {**made, "upstream": before}
+
+        return InFiles(self.store, key, self.room or 0)
+
+    def forget_states(self, upstream: Callable[[int], str | None] | None = None) -> None:
+        """Remove hidden states that a run left that was killed at its last block."""
+        if self.windows is not None:
+            batches = len(self.windows.split(self.asked.calibrate.batch))
+            for block in range(self.structure.count):
+                self._files(upstream).finished(block, batches)
+
+    def decompose(self, target: Target, measured: BlockStatistics, upstream: str | None = None) -> None:
+        """Make a candidate and store it, with the statistics that it is read with."""
         start = time.perf_counter()
         with self.timings.stage("decompose"):
-            decomposer = self.decomposers[target.name]
+            decomposer, lean = self.decomposers[target.name], target.name in self.lean
             weights = {module: w.to(self.device) for module, w in self._weights(target).items()}
             stats = measured.of(target)
             candidate = decomposer.decompose(target, weights, stats)
             for part in target.parts:
-                for statistic in decomposer.keeps:
-                    key = self._statistic_key(_place(part, statistic), statistic, upstream)
+                for statistic in decomposer.needs if lean else decomposer.keeps:
+                    key = self.statistic_key(_place(part, statistic), statistic, upstream)
                     if not self.store.has("statistics", key):
                         self.store.save("statistics", key, {"value": stats[part.module][statistic]})
-            format = None if target.name in self.complete else self.formats[target.name]
-            self.store.save("candidate", self._key(target, upstream), packed(candidate, format))
+            made = packed(candidate, self._kept_format(target))
+            if lean:
+                spectrum = {name: t for name, t in made.items() if name.startswith("units.")}
+                self.store.save("spectrum", self.key(target, upstream), spectrum)
+            else:
+                self.store.save("candidate", self.key(target, upstream), made)
         seconds = self.timings.seconds
         seconds["decompose inside"] = seconds.get("decompose inside", 0.0) + time.perf_counter() - start
+
+    def _kept_format(self, target: Target) -> str | None:
+        """The format as far as which factors are kept, None where whole."""
+        return None if target.name in self.complete else self.formats[target.name]
+
+    def _made_again(self, target: Target, upstream: str | None) -> dict[str, Tensor]:
+        """What the store would hold of a candidate."""
+        decomposer = self.decomposers[target.name]
+        stats = {
+            module: {s: value.to(self.device) for s, value in of_part.items()}
+            for module, of_part in self._measured(target, decomposer.needs, upstream).items()
+        }
+        weights = {module: w.to(self.device) for module, w in self._weights(target).items()}
+        made = packed(decomposer.decompose(target, weights, stats), self._kept_format(target))
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in made.items()}
+
+    def _measured(self, target: Target, of: Sequence[Any], upstream: str | None) -> dict[str, dict[Any, Tensor]]:
+        """Stored statistics of a target, by module."""
+        return {
+            part.module: {
+                s: self.store.load("statistics", self.statistic_key(_place(part, s), s, upstream))["value"] for s in of
+            }
+            for part in target.parts
+        }
 
     def _weights(self, target: Target) -> dict[str, Tensor]:
         """The dense matrices of a target, out × in, by module."""
@@ -209,104 +271,35 @@ class Run:
             for part in target.parts
         }
 
-    def _stored(self, target: Target, upstream: str | None = None) -> Candidate:
-        key, decomposer = self._key(target, upstream), self.decomposers[target.name]
-        units = unpacked_units(self.store.load("candidate", key, prefix="units."))
+    def stored(self, target: Target, upstream: str | None = None) -> Candidate:
+        """A candidate of the store; its tensors are read, or made again, when asked for."""
+        key, decomposer = self.key(target, upstream), self.decomposers[target.name]
+        lean = not self.store.has("candidate", key)
+        units = unpacked_units(self.store.load("spectrum" if lean else "candidate", key, prefix="units."))
 
-        def statistics() -> dict[str, dict[Any, Tensor]]:
-            return {
-                part.module: {
-                    s: self.store.load("statistics", self._statistic_key(_place(part, s), s, upstream))["value"]
-                    for s in decomposer.keeps
-                }
-                for part in target.parts
-            }
+        def tensors() -> dict[str, Tensor]:
+            return self._made_again(target, upstream) if lean else self.store.load("candidate", key)
 
         candidate: Candidate = decomposer.restore(
-            target, units, lambda: self.store.load("candidate", key), lambda: self._weights(target), statistics
-        )
+            target, units, tensors, lambda: self._weights(target),
+            lambda: self._measured(target, decomposer.keeps, upstream),
+        )  # fmt: skip
         if not any(of_kind.kind == "rank" for of_kind in units):
             return candidate
         format = self.formats[target.name]
         return candidate.priced(format, budget.unit_cost(format, target.parts[0]))
 
-    def _allocate(self, job: Job, candidates: Mapping[str, Candidate], live: _Lazily) -> Plan:
-        """The plan of a job whose allocator reads candidates, statistics of the blocks, or the model itself."""
-        measured = {
-            index: {
-                s: self.store.load("statistics", self._statistic_key(self.structure.block(index), s))["value"]
-                for s in job.allocator.needs
-            }
-            for index in range(self.structure.count)
-        }
-        own = {target.name: candidates[target.name] for target in job.targets}
-        seen: dict[str, Any] = {"candidates": own, "statistics": measured, "itemsize": self._itemsize(job.targets)}
-        if job.allocator.sees == "model":
-            upstream = self._upstream(job)
-            seen |= {"live": live.get(), "remember": self._remember(upstream), "slot": self._slots(upstream)}
-        return allocate(job, self.asked, progress=self.progress, **seen)
-
-    def _itemsize(self, of: Sequence[Target]) -> int:
-        """Bytes of a number as these targets will be stored, the most where they differ."""
-        if self.dtype is not None:
-            return self.dtype.itemsize
-        names = [f"{part.module}.weight" for target in of for part in target.parts]
-        if isinstance(self.source, Checkpoint):
-            keys = {name: key for key, name in self.source.names.items()}
-            return max(self.source.dtype_of(keys[name]).itemsize for name in names)
-        return max(self.source.model.get_parameter(name).dtype.itemsize for name in names)
-
-    def _live(self, candidates: Mapping[str, Candidate]) -> Installed:
-        assert self.windows is not None
-        model = self.source.whole(self.device)
-        model.eval()
-        return Installed(model, self.structure, candidates, self.windows, self.asked.calibrate.batch)
-
-    def _upstream(self, job: Job) -> dict[str, Any]:
-        """All that a job's problem comes from but its budget."""
-        return {
-            "candidates": [
-                {**self._key(target), "method": self.decomposers[target.name].first_like}
-                for target in sorted(job.targets, key=lambda t: t.name)
-            ],
-            "text": self.data, "dtype": str(self.source.model.dtype), "allocator": _named(job.allocator),
-        }  # fmt: skip
-
-    def _slots(self, upstream: Mapping[str, Any]) -> Callable[..., StoreSlot]:
-        return lambda name, fields: StoreSlot(
-            self.store, f"{name}-under-way", {**upstream, "fields": json.dumps(fields, sort_keys=True)}
-        )
-
-    def _remember(self, upstream: Mapping[str, Any]) -> Callable[..., Mapping[str, Tensor]]:
-        def remember(
-            name: str, fields: Mapping[str, Any], make: Callable[[], Mapping[str, Tensor]]
-        ) -> Mapping[str, Tensor]:
-            key = {**upstream, "fields": json.dumps(fields, sort_keys=True)}
-            if not self.store.has(name, key):
-                self.store.save(name, key, make())
-            return self.store.load(name, key)
-
-        return remember
-
-    def _settled(self, plan: Plan, candidates: Mapping[str, Candidate]) -> Plan:
-        """The plan with each candidate's best choice of the size that it was given."""
-        choices = dict(plan.choices)
-        pending = [name for name in sorted(choices) if type(candidates[name]).settle is not Candidate.settle]
-        for i, name in enumerate(pending):
-            with self.timings.stage("settle"):
-                choices[name] = self._settle(candidates[name], choices[name], None)
-            self.progress("settle", i + 1, len(pending))
-        return self._recounted(plan, choices)
-
-    def _settle(self, candidate: Candidate, choice: Choice, upstream: str | None) -> Choice:
+    def settle(self, candidate: Candidate, choice: Choice, upstream: str | None) -> Choice:
+        """The best choice known of a size, from the store or found now."""
         if type(candidate).settle is Candidate.settle:
             return choice
-        key = {**self._key(candidate.target, upstream), "choice": asdict(choice)}
+        key = {**self.key(candidate.target, upstream), "choice": asdict(choice)}
         if not self.store.has("settled", key, "json"):
             self.store.save_json("settled", key, asdict(candidate.settle(choice)))
         return plans.choice_from_json(self.store.load_json("settled", key))
 
-    def _recounted(self, plan: Plan, choices: Mapping[str, Choice]) -> Plan:
+    def recounted(self, plan: Plan, choices: Mapping[str, Choice]) -> Plan:
+        """The plan with other choices, none larger."""
         spent = sum(
             budget.count(choices[t.name], t) if t.name in choices else t.parameters
             for job in self.jobs
@@ -315,85 +308,12 @@ class Run:
         assert spent <= plan.spent, (spent, plan.spent)
         return replace(plan, choices=choices, spent=spent)
 
-    def second_pass(self, plan: Plan) -> tuple[Plan, dict[str, Candidate]]:
-        """Each block decomposed at its planned size, from inputs that went through the compressed blocks before it.
-
-        Inside a block all statistics are those of the dense block. What the store has is only run, not made again.
-        """
-        inside = [
-            [t for t in self.targets if t.blocks[-1] == index and t.name in plan.choices]
-            for index in range(self.structure.count)
-        ]
-        chain = _Chain()
-        done = 0
-        while done < len(inside) and all(
-            self.store.has("candidate", self._key(t, chain.upstream)) for t in inside[done]
-        ):
-            self._take(inside[done], NOTHING, plan, chain)
-            done += 1
-        pending = {i: {t: tuple(self.decomposers[t.name].needs) for t in inside[i]} for i in range(done, len(inside))}
-        wanted = {i: Wanted(of_block) for i, of_block in pending.items() if any(of_block.values())}
-        with self.timings.stage("calibrate"):
-            for index, measured in self._drive(wanted, sequential=True):
-                if index >= done:
-                    self._take(inside[index], measured, plan, chain)
-                    done = index + 1
-                self._install(inside[index], chain)
-                self.progress("decompose", index + 1, max(wanted) + 1)
-            for of_block in inside[done:]:
-                self._take(of_block, NOTHING, plan, chain)
-        self._count_once()
-        return self._recounted(plan, chain.choices), chain.candidates
-
-    def _take(self, of_block: Sequence[Target], measured: BlockStatistics, plan: Plan, chain: _Chain) -> None:
-        """Candidates and choices of one block, and what the next one's keys say of it."""
-        made = {}
-        for target in of_block:
-            key = self._key(target, chain.upstream)
-            if not self.store.has("candidate", key):
-                self._decompose(target, measured, chain.upstream)
-            candidate = chain.candidates[target.name] = self._stored(target, chain.upstream)
-            choice = self._settle(candidate, plan.choices[target.name], chain.upstream)
-            chain.choices[target.name] = choice
-            made[target.name] = [key, asdict(choice)]
-        chain.upstream = hash_of({"before": chain.upstream, "made": made})
-
-    def _install(self, of_block: Sequence[Target], chain: _Chain) -> None:
-        """Put a block's compressed modules into the loaded block; the driver takes them out again."""
-        assert self.windows is not None
-        live = Installed(self.source.model, self.structure, chain.candidates, self.windows, 1)
-        for target in of_block:
-            for name, module in live.built(target.name, chain.choices[target.name]).items():
-                self.source.model.set_submodule(name, module)
-
-
-@dataclass
-class _Chain:
-    """The second pass so far; upstream: a hash of all blocks before the one at hand."""
-
-    upstream: str = "first"
-    candidates: dict[str, Candidate] = field(default_factory=dict)
-    choices: dict[str, Choice] = field(default_factory=dict)
-
-
-class _Lazily:
-    """A model that is loaded when first asked for, once."""
-
-    def __init__(self, make: Callable[[], Installed]):
-        self._make = make
-        self._made: Installed | None = None
-
-    def get(self) -> Installed:
-        """The model."""
-        self._made = self._made or self._make()
-        return self._made
-
 
 def _place(part: Part, statistic: Any) -> str:
     """Where a statistic of a part is taken: at its input, which others may share, or at its weight."""
     return part.module if statistic.where == "gradient" else part.input
 
 
-def _named(method: Any) -> str:
+def named(method: Any) -> str:
     """A method with its settings, for keys."""
     return f"{type(method).__module__}.{method!r}"

@@ -15,11 +15,14 @@ from spectrim.core.store import Store
 
 
 def packed(candidate: Candidate, format: str | None) -> dict[str, Tensor]:
-    """A candidate's tensors and its units in their order; `left` as far as `format` can use it (None: whole)."""
+    """A candidate's tensors and its units in their order; factors as far as `format` can use them (None: whole)."""
     tensors, target = dict(candidate.tensors()), candidate.target
     for i, units in enumerate(candidate.units):
         if units.kind == "rank" and format is not None:
-            tensors["left"] = tensors["left"][:, : budget.largest_rank(format, target.parts[0])]
+            largest = budget.largest_rank(format, target.parts[0])
+            tensors["left"] = tensors["left"][:, :largest]
+            if "right" in tensors:
+                tensors["right"] = tensors["right"][:largest]
         tensors[f"units.{i}.{units.kind}.scores"] = units.scores
         tensors[f"units.{i}.{units.kind}.cost"] = torch.as_tensor(units.cost)
         if units.errors is not None:

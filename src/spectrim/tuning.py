@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 import yaml
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from spectrim.core import distributed, heap, registry
 from spectrim.core.finetuner import Finetuner, finetuners
@@ -30,7 +30,7 @@ from spectrim.learn.tuning import Distillation, Training
 from spectrim.measure.evaluate import parameters, positions
 from spectrim.model import apply, loading, modules
 from spectrim.model.checkpoint import moved, quiet
-from spectrim.model.files import file_hash, read_config, resolve, weight_files
+from spectrim.model.files import file_hash, read_config, read_tokenizer, resolve, weight_files
 from spectrim.model.loading import CODE_FILE
 from spectrim.model.writer import new_directory, refuse_filled
 from spectrim.recipe import RecipeError, assign
@@ -170,7 +170,8 @@ def tune(
 
     data: a file or dataset name (see `spectrim.data.instructions.rows`). method: one of `finetuners()`. dense: the
     second model of methods that need one. teacher: a dense model to learn from, by KL divergence. steps, epochs, …:
-    shortcuts to `settings`. work: where checkpoints lie meanwhile (default `out`.work): the same command goes on from the last one.
+    shortcuts to `settings`. work: where checkpoints lie meanwhile (default `out`.work): the same command goes on from
+    the last one.
     Raises ValueError (RecipeError for settings) for bad input, before anything heavy where it can be seen then.
     """
     shortcuts = {
@@ -241,7 +242,7 @@ class _Run:
 
     def read(self, name: str) -> None:
         """Read the rows."""
-        tokenizer = AutoTokenizer.from_pretrained(self.directory, trust_remote_code=self.trust)
+        tokenizer = read_tokenizer(self.directory, self.trust)
         longest, wanted = positions(self.config), self.asked.data
         window = wanted.window or min(DEFAULT_WINDOW, longest or DEFAULT_WINDOW)
         if longest is not None and window > longest:

@@ -8,7 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from spectrim.calibrate.statistics import Cosine, Fisher, FisherColumns, Gram, Norm, Statistic, SublayerCosine
+from spectrim.calibrate.statistics import (
+    Cosine,
+    Fisher,
+    FisherColumns,
+    Gram,
+    Norm,
+    OutputFisher,
+    Statistic,
+    SublayerCosine,
+    Tokens,
+)
 
 CPU = torch.device("cpu")
 
@@ -103,6 +113,24 @@ def test_fisher_by_entry_changes_neither_the_gradient_nor_another_state() -> Non
     Fisher().update(first, gradient)
     assert torch.equal(gradient, kept)
     assert Fisher().result(second).shape == (0, 4), "no gradient, no rows"
+
+
+def test_output_fisher_is_the_sum_of_outer_products_of_its_columns() -> None:
+    first, second = tokens(5, 4, 0), tokens(5, 7, 1)
+    expected = first.double() @ first.double().T + second.double() @ second.double().T
+    found = measured(OutputFisher(), 9, (first,), (second,))
+    assert found.dtype == torch.float64 and found.shape == (5, 5)
+    torch.testing.assert_close(found, expected, rtol=1e-14, atol=1e-14)
+
+
+def test_tokens_are_counted_over_batches() -> None:
+    assert measured(Tokens(), 4, (tokens(5, 4, 0),), (tokens(3, 4, 1),)).tolist() == [8]
+
+
+def test_what_gradients_are_of_and_of_which_labels() -> None:
+    assert [(s.of, s.labels) for s in (Fisher(), FisherColumns())] == [("weight", "text")] * 2
+    assert (OutputFisher().of, OutputFisher().labels) == ("output", "sampled")
+    assert OutputFisher().needs_gradient and not Tokens().needs_gradient
 
 
 def test_where_each_is_taken_and_what_needs_gradients() -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import errno
 import json
 import os
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from spectrim.core import store as stores
 from spectrim.core.store import Store, StoreError, hash_of, write_atomically, write_json
@@ -102,7 +105,23 @@ def test_a_key_changes_with_the_version_of_the_store(tmp_path: Path, monkeypatch
     store.save("gram", FIELDS, {"value": torch.ones(2)})
     assert store.has("gram", FIELDS)
     monkeypatch.setattr(stores, "STORE_VERSION", stores.STORE_VERSION + 1)
-    assert not store.has("gram", FIELDS)
+    assert not store.has("gram", FIELDS) and not Store(tmp_path).has("gram", FIELDS)
+
+
+def test_a_key_changes_with_the_version_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path)
+    store.save_json("plan", FIELDS, [1])
+    assert Store(tmp_path).has("plan", FIELDS, "json")
+    monkeypatch.setattr(stores, "version", lambda name: {"spectrim": "99.0"}[name])
+    assert not Store(tmp_path).has("plan", FIELDS, "json")
+
+
+def test_an_artifact_of_the_store_before_is_not_used(tmp_path: Path) -> None:
+    """Version 2 had no checksums, and the fields beside the version."""
+    before = tmp_path / "gram" / f"{hash_of({'store': 2, **FIELDS})}.safetensors"
+    before.parent.mkdir()
+    save_file({"value": torch.ones(2)}, before)
+    assert not Store(tmp_path).has("gram", FIELDS) and before.exists()
 
 
 def test_tensors_come_back_as_they_were(tmp_path: Path) -> None:
@@ -131,7 +150,8 @@ def test_kinds_and_suffixes_are_apart(tmp_path: Path) -> None:
     assert not store.has("statistics", FIELDS)
     assert not store.has("candidate", FIELDS, "json")
     store.save_json("candidate", FIELDS, {"b": 2})
-    assert json.loads(store.path("candidate", FIELDS, "json").read_text()) == {"b": 2}
+    assert store.load_json("candidate", FIELDS) == {"b": 2}
+    assert json.loads(store.path("candidate", FIELDS, "json").read_text())["data"] == {"b": 2}
 
 
 def test_the_same_tensors_give_the_same_bytes(tmp_path: Path) -> None:
@@ -143,20 +163,139 @@ def test_the_same_tensors_give_the_same_bytes(tmp_path: Path) -> None:
     assert files[0] == files[1]
 
 
-@pytest.mark.parametrize("damage", ["missing", "empty", "cut off", "not tensors", "a folder"])
-def test_what_cannot_be_read_is_named(tmp_path: Path, damage: str) -> None:
-    store = Store(tmp_path)
-    store.save("gram", FIELDS, {"value": torch.ones(100)})
-    path = store.path("gram", FIELDS, "safetensors")
-    content = path.read_bytes()
+def flipped(content: bytes, place: int) -> bytes:
+    return content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :]
+
+
+# what is done to the bytes of an artifact; None: a folder with something in it takes its place
+DAMAGES: dict[str, Callable[[bytes], bytes | None]] = {
+    "empty": lambda content: b"",
+    "cut off": lambda content: content[:-8],
+    "cut to its head": lambda content: content[:200],
+    "longer": lambda content: content + b"\0",
+    "the first bit": lambda content: flipped(content, 0),
+    "a bit of the checksum": lambda content: flipped(content, content.index(b"sha256") + 20),
+    "a bit of a name": lambda content: flipped(content, content.index(b"value")),
+    "a bit in the middle": lambda content: flipped(content, len(content) // 2),
+    "the last bit": lambda content: flipped(content, len(content) - 2),
+    "of no checksum": lambda content: b"x" * 5000,
+    "a folder": lambda content: None,
+}
+
+
+def damage(path: Path, how: str) -> None:
+    content = DAMAGES[how](path.read_bytes())
     path.unlink()
-    if damage == "a folder":
-        path.mkdir()
-    elif damage != "missing":
-        path.write_bytes({"empty": b"", "cut off": content[:-8], "not tensors": b"x" * 500}[damage])
-    with pytest.raises(StoreError, match="delete it and run again") as error:
-        store.load("gram", FIELDS)
-    assert str(path) in str(error.value)
+    if content is None:
+        (path / "inside").mkdir(parents=True)
+    else:
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("suffix", ["safetensors", "json"])
+def test_what_is_damaged_is_removed_said_and_absent(
+    suffix: str, how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def save(store: Store) -> None:
+        if suffix == "json":
+            store.save_json("gram", FIELDS, {"value": list(range(900))})
+        else:
+            store.save("gram", FIELDS, {"value": torch.ones(100), "more": torch.zeros(400)})
+
+    store = Store(tmp_path)
+    save(store)
+    path = store.path("gram", FIELDS, suffix)
+    whole = path.read_bytes()
+    damage(path, how)
+    # the one that wrote it sees that it has changed, as does one that has never seen it
+    for found in (store, Store(tmp_path)):
+        caplog.clear()
+        assert not found.has("gram", FIELDS, suffix)
+        assert not path.exists()
+        (said,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert str(path) in said and "is damaged" in said and "made again" in said
+        save(found)
+        assert path.read_bytes() == whole and found.has("gram", FIELDS, suffix)
+        damage(path, how)
+    # one that is loaded without asking first
+    with pytest.raises(StoreError, match="run again") as error:
+        Store(tmp_path).load_json("gram", FIELDS) if suffix == "json" else Store(tmp_path).load("gram", FIELDS)
+    assert str(path) in str(error.value) and not path.exists()
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for load, suffix in ((store.load, "safetensors"), (store.load_json, "json")):
+        with pytest.raises(StoreError, match="is missing") as error:
+            load("gram", FIELDS)
+        assert str(store.path("gram", FIELDS, suffix)) in str(error.value)
+
+
+def test_damage_that_cannot_be_removed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path)
+    store.save("gram", FIELDS, {"value": torch.ones(2)})
+    damage(store.path("gram", FIELDS, "safetensors"), "cut off")
+
+    def unlink(self: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    with pytest.raises(StoreError, match=r"is damaged.*delete it.*Permission denied"):
+        store.has("gram", FIELDS)
+
+
+def test_a_file_is_read_for_its_checksum_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    original = stores._damage
+
+    def counted(path: Path) -> str | None:
+        read.append(path.name)
+        return original(path)
+
+    monkeypatch.setattr(stores, "_damage", counted)
+    store = Store(tmp_path)
+    store.save("gram", FIELDS, {"units.0": torch.ones(2), "left": torch.zeros(9)})
+    assert store.has("gram", FIELDS) and store.load("gram", FIELDS, prefix="units.").keys() == {"units.0"}
+    assert read == [], "it wrote that file itself"
+    other = Store(tmp_path)
+    assert other.has("gram", FIELDS) and other.has("gram", FIELDS)
+    assert other.load("gram", FIELDS, prefix="units.").keys() == {"units.0"} and other.load("gram", FIELDS)
+    assert read == [store.path("gram", FIELDS, "safetensors").name]
+
+
+def test_a_checksum_is_computed_by_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of another size, which end within the data, give the same checksum."""
+    files = []
+    for piece in (1 << 20, 777):
+        monkeypatch.setattr(stores, "_PIECE", piece)
+        store = Store(tmp_path / str(piece))
+        store.save("gram", FIELDS, {"value": torch.arange(5000)})
+        assert Store(store.directory).has("gram", FIELDS)
+        files.append(store.path("gram", FIELDS, "safetensors").read_bytes())
+    assert files[0] == files[1]
+
+
+def test_plain_safetensors_reads_an_artifact(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.save("gram", FIELDS, {"value": torch.arange(5)})
+    assert torch.equal(load_file(store.path("gram", FIELDS, "safetensors"))["value"], torch.arange(5))
+
+
+def test_what_killed_writers_left_is_tidied_away_and_nothing_else(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.save("gram", FIELDS, {"value": torch.ones(2)})
+    store.save_json("plan", FIELDS, [1])
+    kept = [path for path in tmp_path.rglob("*.*") if path.is_file()]
+    others = [tmp_path / ".hidden", tmp_path / "gram" / ".notes", tmp_path / "plan" / "mine.json"]
+    for path in others:
+        path.write_text("mine")
+    for path in kept:
+        for handle, name in (tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.") for _ in range(3)):
+            os.close(handle)
+            assert Path(name).exists()
+    store.tidy()
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(kept + others)
 
 
 def test_a_work_directory_that_is_a_file_is_named(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from spectrim.calibrate.statistics import State, Statistic
+from spectrim.calibrate.statistics import Labels, State, Statistic
 from spectrim.core.plan import Target
 from spectrim.model.targets import oriented
 
@@ -38,7 +38,7 @@ class Wanted:
         return found
 
     def gradients(self) -> dict[str, tuple[Statistic, ...]]:
-        """By module: the statistics of its weight's gradient."""
+        """By module: the statistics of gradients, of its weight and of its output."""
         return {
             part.module: chosen
             for target, statistics in self.targets.items()
@@ -78,7 +78,7 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
 class Collector:
     """Watches one block through hooks; `mask` says which tokens of the running batch are real (None: all).
 
-    `sequences` is the number of them in it.
+    `sequences` is the number of them in it, `labels` those of the loss that is run backwards.
 
     Raises ValueError for sub-layer statistics of a block whose `o` and `down` outputs do not add up to its own.
     """
@@ -87,6 +87,7 @@ class Collector:
         self.model, self.block, self.wanted, self.device = model, block, wanted, device
         self.mask: Tensor | None = None
         self.sequences = 1
+        self.labels: Labels = "text"
         self.targets = list(targets)
         self.states: dict[tuple[str, Statistic], State] = {}
         self.handles: list[RemovableHandle] = []
@@ -144,19 +145,30 @@ class Collector:
         self.handles.append(self._module(module).register_forward_pre_hook(hook))
 
     def _on_gradient(self, module: str, statistics: tuple[Statistic, ...]) -> None:
-        parameter = self._module(module).weight
-        assert isinstance(parameter, nn.Parameter)
-        target = next(t for t in self.targets if any(p.module == module for p in t.parts))
-        part = next(p for p in target.parts if p.module == module)
+        parts = {part.module: part for target in self.targets for part in target.parts}
+        width = parts[module].in_features
+        of_weight = [s for s in statistics if s.of == "weight"]
+        of_output = [s for s in statistics if s.of == "output"]
 
-        def hook(weight: Tensor) -> None:
+        def add(chosen: list[Statistic], gradient: Tensor) -> None:
+            for statistic in chosen:
+                if statistic.labels == self.labels:
+                    statistic.update(self._state(module, statistic, width), gradient)
+
+        def on_weight(weight: Tensor) -> None:
             assert weight.grad is not None
-            gradient = oriented(self._module(module), weight.grad)
-            for statistic in statistics:
-                statistic.update(self._state(module, statistic, part.in_features), gradient)
+            add(of_weight, oriented(self._module(module), weight.grad))
             weight.grad = None
 
-        self.handles.append(parameter.register_post_accumulate_grad_hook(hook))
+        def on_output(_: nn.Module, __: Any, output: Tensor) -> None:
+            output.register_hook(lambda gradient: add(of_output, self._real(gradient).T))
+
+        if of_weight:
+            parameter = self._module(module).weight
+            assert isinstance(parameter, nn.Parameter)
+            self.handles.append(parameter.register_post_accumulate_grad_hook(on_weight))
+        if of_output:
+            self.handles.append(self._module(module).register_forward_hook(on_output))
 
     def _watch_sublayers(self) -> None:
         block = self._module(self.block)

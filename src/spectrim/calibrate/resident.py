@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+import hashlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spectrim.calibrate.collect import BlockStatistics, Collector, Wanted, without_dropout
+from spectrim.calibrate.statistics import Labels
 from spectrim.core.progress import Progress, silent
 from spectrim.model.blocks import Batch
 from spectrim.model.targets import Structure
@@ -24,37 +28,63 @@ def resident(
 ) -> Iterator[tuple[int, BlockStatistics]]:
     """Yield (block index, its statistics) for each block in `wanted`, in order.
 
-    Gradients are those of the token-mean cross-entropy of one sequence at a time; each is used and freed as soon as
-    it is complete. Raises ValueError when a loss is not finite.
+    Gradients are those of one sequence at a time, one backward pass for each kind of labels that a statistic wants of
+    the one forward pass; each is used and freed as soon as it is complete. Raises ValueError when a loss is not finite.
     """
     collectors = {
         index: Collector(model, structure.block(index), structure.of_block(index), of_block, model.device)
         for index, of_block in wanted.items()
         if of_block
     }
-    backwards = any(of_block.gradients() for of_block in wanted.values())
-    learning = {name for of_block in wanted.values() for name in of_block.gradients()}
+    of_gradients = {name: chosen for of_block in wanted.values() for name, chosen in of_block.gradients().items()}
+    labels = sorted({s.labels for chosen in of_gradients.values() for s in chosen})
+    learning = {name for name, chosen in of_gradients.items() if any(s.of == "weight" for s in chosen)}
+    through = any(s.of == "output" for chosen in of_gradients.values() for s in chosen)
+    single = _singly(batches) if labels else list(batches)
+    with ExitStack() as stack:
+        stack.enter_context(_learning(model, learning))
+        stack.enter_context(without_dropout(model))
+        if through:
+            stack.enter_context(_from_the_embedding(model))
+        for collector in collectors.values():
+            stack.enter_context(collector)
+        for i, batch in enumerate(single):
+            for collector in collectors.values():
+                collector.mask, collector.sequences = batch.mask, len(batch.ids)
+            _pass(model, batch, labels, list(collectors.values()), i)
+            progress("calibrate", i + 1, len(single))
+    for index, collector in collectors.items():
+        yield index, collector.result()
+
+
+@contextmanager
+def _learning(model: PreTrainedModel, modules: Collection[str]) -> Iterator[None]:
+    """Gradients of these modules' weights alone, none there at first; afterwards all as it was."""
     before = {name: (p.requires_grad, p.grad) for name, p in model.named_parameters()}
     for name, parameter in model.named_parameters():
         parameter.grad = None
-        parameter.requires_grad_(name.removesuffix(".weight") in learning and name.endswith(".weight"))
-    single = _singly(batches) if backwards else list(batches)
+        parameter.requires_grad_(name.removesuffix(".weight") in modules and name.endswith(".weight"))
     try:
-        with ExitStack() as stack:
-            stack.enter_context(without_dropout(model))
-            for collector in collectors.values():
-                stack.enter_context(collector)
-            for i, batch in enumerate(single):
-                for collector in collectors.values():
-                    collector.mask, collector.sequences = batch.mask, len(batch.ids)
-                _pass(model, batch, backwards, i)
-                progress("calibrate", i + 1, len(single))
+        yield
     finally:
         for name, parameter in model.named_parameters():
             learns, parameter.grad = before[name]
             parameter.requires_grad_(learns)
-    for index, collector in collectors.items():
-        yield index, collector.result()
+
+
+@contextmanager
+def _from_the_embedding(model: PreTrainedModel) -> Iterator[None]:
+    """Gradients go back through every state, though no weight asks for one."""
+
+    def start(_: nn.Module, __: Any, output: Tensor) -> None:
+        if not output.requires_grad:
+            output.requires_grad_(True)
+
+    handle = model.get_input_embeddings().register_forward_hook(start)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _singly(batches: Sequence[Batch]) -> list[Batch]:
@@ -65,19 +95,49 @@ def _singly(batches: Sequence[Batch]) -> list[Batch]:
     ]
 
 
-def _pass(model: PreTrainedModel, batch: Batch, backwards: bool, index: int) -> None:
+def _pass(
+    model: PreTrainedModel, batch: Batch, labels: Sequence[Labels], collectors: Sequence[Collector], index: int
+) -> None:
     ids = batch.ids.to(model.device)
     mask = None if batch.mask is None else batch.mask.to(model.device)
-    with torch.set_grad_enabled(backwards):
+    with torch.set_grad_enabled(bool(labels)):
         logits = model(input_ids=ids, attention_mask=None if mask is None else mask.long(), use_cache=False).logits
-        if backwards:
-            loss = _loss(logits, ids, mask)
+        for kind in labels:
+            loss = _loss(logits, ids, mask) if kind == "text" else _sampled_loss(logits, ids, mask)
             if not torch.isfinite(loss):
                 raise ValueError(f"the loss of calibration sequence {index} is not finite: calibration stopped")
-            loss.backward()
+            for collector in collectors:
+                collector.labels = kind
+            loss.backward(retain_graph=kind != labels[-1])
 
 
 def _loss(logits: Tensor, ids: Tensor, mask: Tensor | None) -> Tensor:
     # a prediction made at a pad, or of one, is none of the sequence's
     labels = ids[:, 1:] if mask is None else ids[:, 1:].masked_fill(~(mask[:, 1:] & mask[:, :-1]), -100)
     return torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels.flatten())
+
+
+def _sampled_loss(logits: Tensor, ids: Tensor, mask: Tensor | None) -> Tensor:
+    """Of every real token, the last one too: a label that is drawn need not be in the text."""
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+    labels = sampled(logits[real], ids[real])
+    return torch.nn.functional.cross_entropy(logits[real].float(), labels, reduction="sum")
+
+
+@torch.no_grad()
+def sampled(logits: Float[Tensor, "tokens vocabulary"], ids: Int[Tensor, "tokens"]) -> Int[Tensor, "tokens"]:
+    """A label for each token, drawn from its prediction; the draw is seeded by the sequence's own tokens.
+
+    So it depends neither on what else is measured, nor on the order of the sequences. 0 where a prediction is not
+    finite: its loss is not either.
+    """
+    digest = hashlib.sha256(ids.cpu().to(torch.int64).numpy().tobytes()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    draws = torch.rand(len(ids), generator=generator, dtype=torch.float64).to(logits.device)
+    found = []
+    for rows, draw in zip(logits.split(64), draws.split(64), strict=True):  # a float64 vocabulary a token is large
+        shares = rows.double().softmax(-1).cumsum(-1)
+        whole = shares[:, -1]
+        labels = torch.searchsorted(shares, (draw * whole)[:, None], right=True)[:, 0]
+        found.append(torch.where(whole.isfinite(), labels.clamp_max(logits.shape[-1] - 1), 0))
+    return torch.cat(found)

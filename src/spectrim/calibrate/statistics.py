@@ -12,17 +12,23 @@ from torch import Tensor
 
 State = dict[str, Tensor]
 Where = Literal["input", "block", "sublayer", "gradient"]
+Labels = Literal["text", "sampled"]
 
 
 @dataclass(frozen=True)
 class Statistic:
-    """One thing measured; `where`: at a linear's input, over a block, over its sub-layers, or on weight gradients.
+    """One thing measured; `where`: at a linear's input, over a block, over its sub-layers, or on gradients.
 
     by_sequence: `update` gets one calibration sequence at a time, in their order, not whatever ran at once.
+    Of a gradient, which is one sequence's: `of` what, its weight (out × in) or its output (out × tokens), and of which
+    loss by its `labels`. text: the token-mean cross-entropy of the text's own next tokens. sampled: the token-sum of
+    that of labels drawn from the model's own predictions, at every token.
     """
 
     where: ClassVar[Where]
     by_sequence: ClassVar[bool] = False
+    of: ClassVar[Literal["weight", "output"]] = "weight"
+    labels: ClassVar[Labels] = "text"
 
     @property
     def needs_gradient(self) -> bool:
@@ -57,6 +63,21 @@ class Gram(Statistic):
         """Add Σ x xᵀ of a batch."""
         x = values[0].double()
         state["gram"].addmm_(x.T, x)
+
+
+@dataclass(frozen=True)
+class Tokens(Statistic):
+    """How many tokens came to an input; one number, float64. With it sums become means."""
+
+    where = "input"
+
+    def start(self, width: int, device: torch.device) -> State:
+        """Zero."""
+        return {"tokens": torch.zeros(1, dtype=torch.float64, device=device)}
+
+    def update(self, state: State, *values: Float[Tensor, "tokens in"]) -> None:
+        """Add those of a batch."""
+        state["tokens"] += len(values[0])
 
 
 @dataclass(frozen=True)
@@ -152,3 +173,29 @@ class Fisher(Statistic):
         if len(state["sum"]) == 0:
             state["sum"] = squares.new_zeros(squares.shape, dtype=torch.float32)
         state["sum"] += squares
+
+
+@dataclass(frozen=True)
+class OutputFisher(Statistic):
+    """B = Σ g gᵀ over tokens, out × out, float64; g is the gradient at a linear's output.
+
+    The loss is the negative log-likelihood, summed over tokens, of labels drawn from the model's own predictions. So
+    over the draws B is the sum of the tokens' Fisher information matrices at that output, which is the Hessian of
+    KL(model ‖ model with its output moved) where nothing is moved; the text's own labels would give neither.
+    Source: K-FAC (Martens and Grosse 2015), section 2, its output factor.
+    """
+
+    where = "gradient"
+    of = "output"
+    labels = "sampled"
+
+    def start(self, width: int, device: torch.device) -> State:
+        """No rows: how many outputs there are the first gradient says."""
+        return {"sum": torch.zeros(0, 0, dtype=torch.float64, device=device)}
+
+    def update(self, state: State, *values: Float[Tensor, "out tokens"]) -> None:
+        """Add Σ g gᵀ of one sequence."""
+        g = values[0].double()
+        if len(state["sum"]) == 0:
+            state["sum"] = g.new_zeros(len(g), len(g))
+        state["sum"].addmm_(g, g.T)

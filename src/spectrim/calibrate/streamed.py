@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from spectrim.calibrate.collect import BlockStatistics, Collector, Wanted, without_dropout
+from spectrim.calibrate.states import InMemory, States
 from spectrim.core import heap
 from spectrim.core.progress import Progress, silent
 from spectrim.model import blocks
@@ -26,36 +27,40 @@ def streamed(
     device: torch.device,
     progress: Progress = silent,
     sequential: bool = False,
+    states: States | None = None,
 ) -> Iterator[tuple[int, BlockStatistics]]:
     """Yield (block index, its statistics) for each block up to the last in `wanted`, while its weights are loaded.
 
     sequential: the states entering the next block are computed after the yield, with the modules that the caller may
-    have swapped into this one; they are taken out again. The hidden states of all batches are held on the CPU.
-    Raises ValueError when a block's output is not finite.
+    have swapped into this one; they are taken out again. states: where hidden states are kept (default: in memory); the
+    first block is the one that these go on from. Raises ValueError when a block's output is not finite.
     """
     needed = [index for index, of_block in wanted.items() if of_block]
     if not needed:
         return
+    states, total = states or InMemory(), max(needed) + 1
+    first = states.first(len(batches), min(needed))
     with without_dropout(weights.model):
-        states, calls = _enter(weights, structure, batches, device)
-    total = max(needed) + 1
-    for index in range(total):
+        calls = _enter(weights, structure, batches, device, states if first == 0 else None)
+    for index in range(first, total):
         prefix = structure.block(index)
         heap.give_back()
         weights.load(prefix, device)
-        of_block = wanted.get(index, Wanted())
+        of_block, last = wanted.get(index, Wanted()), index + 1 == total
         collector = Collector(weights.model, prefix, structure.of_block(index), of_block, device)
-        walk = _Walk(weights.model, prefix, batches, [call[index] for call in calls], device)
+        walk = _Walk(weights.model, index, prefix, batches, [call[index] for call in calls], device, states)
         if of_block or not sequential:
             with collector:
-                walk.run(states, collector, replace=not sequential, progress=_offset(progress, index, total))
+                walk.run(collector, replace=not sequential and not last, progress=_offset(progress, index, total))
         before = dict(weights.model.get_submodule(prefix).named_modules())
         yield index, collector.result()
-        if sequential and index + 1 < total:
-            walk.run(states)
+        del collector  # with the statistics of this block, before the next one is read
+        if sequential and not last:
+            walk.run()
         if sequential:
             _put_back(weights.model, prefix, before)
         weights.release(prefix)
+        states.finished(index, len(batches))
 
 
 @dataclass(frozen=True)
@@ -63,20 +68,16 @@ class _Walk:
     """One block and what it is called with, batch by batch."""
 
     model: nn.Module
+    index: int
     prefix: str
     batches: Sequence[Batch]
     calls: Sequence[Call]
     device: torch.device
+    states: States
 
     @torch.no_grad()
-    def run(
-        self,
-        states: list[Tensor],
-        collector: Collector | None = None,
-        replace: bool = True,
-        progress: Progress = silent,
-    ) -> None:
-        """Run all batches; replace: put the states leaving the block in the place of those entering it, on the CPU.
+    def run(self, collector: Collector | None = None, replace: bool = True, progress: Progress = silent) -> None:
+        """Run all batches; replace: keep the states leaving the block, which enter the next one.
 
         Raises ValueError when one is not finite.
         """
@@ -85,13 +86,16 @@ class _Walk:
             for i, (batch, call) in enumerate(zip(self.batches, self.calls, strict=True)):
                 if collector is not None:
                     collector.mask, collector.sequences = batch.mask, len(batch.ids)
-                output = blocks.run(block, states[i].to(self.device), _moved(call, self.device))
+                output = blocks.run(block, self.states.get(self.index, i).to(self.device), _moved(call, self.device))
                 if not torch.isfinite(output).all():
                     raise ValueError(
                         f"{self.prefix} gives values that are not finite on batch {i}: calibration stopped"
                     )
                 if replace:
-                    states[i] = output.cpu()
+                    self.states.put(self.index + 1, i, output)
+                del output
+                # activations below 8 MiB leave holes between the states, which every batch would widen
+                heap.give_back()
                 progress("calibrate", i + 1, len(self.batches))
 
 
@@ -108,21 +112,21 @@ def _put_back(model: nn.Module, prefix: str, before: Mapping[str, nn.Module]) ->
 
 
 def _enter(
-    weights: Weights, structure: Structure, batches: Sequence[Batch], device: torch.device
-) -> tuple[list[Tensor], list[list[Call]]]:
-    """The states entering block 0 and the calls of every block, by batch; what is outside the blocks is freed again."""
+    weights: Weights, structure: Structure, batches: Sequence[Batch], device: torch.device, states: States | None
+) -> list[list[Call]]:
+    """The calls of every block, by batch; what is outside the blocks is freed again. states: gets those of block 0."""
     loaded = weights.load_outside(structure.blocks, device)
-    states: list[Tensor] = []
     calls: list[list[Call]] = []
-    for batch in batches:
+    for i, batch in enumerate(batches):
         moved = Batch(batch.ids.to(device), None if batch.mask is None else batch.mask.to(device))
         state, found = blocks.record(weights.model, structure, moved)
         if not torch.isfinite(state).all():
             raise ValueError("the embedding gives values that are not finite: calibration stopped")
-        states.append(state.cpu())
+        if states is not None:
+            states.put(0, i, state)
         calls.append(blocks.deduplicated(found, calls[0] if calls else None))
     weights.release_names(loaded)
-    return states, calls
+    return calls
 
 
 def _moved(call: Call, device: torch.device) -> Call:

@@ -1,6 +1,8 @@
-"""Pure functions on matrices: weighted low-rank directions, and the pivot form of a rank-r product."""
+"""Pure functions on matrices: low rank weighted on one side or both, and the pivot form of a rank-r product."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import scipy.linalg
 import torch
@@ -48,6 +50,63 @@ def _sandwich(weight: Float[Tensor, "out in"], metric: Metric, triangular: bool 
             strip = strip * metric[used] if metric.ndim == 1 else strip @ metric[used, used]
         product[start : start + 256, start:] = strip @ weight[start:, used].T
     return product.T
+
+
+def two_sided(
+    weight: Float[Tensor, "out in"], metric: Metric, output: Float[Tensor, "out out"], floor: float = 1e-12
+) -> tuple[Float[Tensor, "out k"], Float[Tensor, "k in"], Float[Tensor, "k"]]:
+    """Left, right and energies λ, best first, k = min(out, in): W′ = left[:, :r] right[:r], the optimum of rank r.
+
+    W′ minimises ‖B^½ (W − W′) M^½‖² over all matrices of rank r, for every r, and that error is Σ_{i ≥ r} λ_i: with U
+    and λ the `directions` of B^½ W, left = B^-½ U and right = Uᵀ B^½ W, scaled so that left's columns have norm 1. All
+    ranks together are W. B (`output`) is symmetric positive semidefinite; eigenvalues below `floor` times the largest
+    count as that much, for it is inverted (M is not). Where B is 0, all energies are 0 and the directions those of M.
+    Everything in float64, every `eigh` on the smaller side: for out > in, W = Q R, so W′ = Q R′ and B is only seen as
+    Qᵀ B Q. Source: own derivation; B = I is `directions`.
+    """
+    weight, output = weight.double(), output.to(weight.device, torch.float64)
+    if not bool(output.any()):
+        left, energies = directions(weight, metric)
+        return left, left.T @ weight, torch.zeros_like(energies)
+    basis = None
+    if weight.shape[0] > weight.shape[1]:
+        basis, weight = torch.linalg.qr(weight)
+        output = basis.T @ output @ basis
+    root, inverse = roots(output, floor)
+    seen = root @ weight
+    turned, energies = directions(seen, metric)
+    left, right = inverse @ turned, turned.T @ seen
+    sizes = left.norm(dim=0)
+    left, right = left / sizes, right * sizes[:, None]
+    return left if basis is None else basis @ left, right, energies
+
+
+def roots(matrix: Float[Tensor, "n n"], floor: float) -> tuple[Float[Tensor, "n n"], Float[Tensor, "n n"]]:
+    """B^½ and B^-½ of a symmetric positive semidefinite matrix, float64, its eigenvalues at least `floor` · largest.
+
+    Raises ValueError where no eigenvalue is above 0.
+    """
+    energies, vectors = torch.linalg.eigh(matrix.double())
+    if not float(energies[-1]) > 0:
+        raise ValueError(f"the largest eigenvalue is {float(energies[-1])}: a matrix of zeros has no inverse root")
+    sizes = energies.clamp_min(float(energies[-1]) * floor).sqrt()
+    return (vectors * sizes) @ vectors.T, (vectors / sizes) @ vectors.T
+
+
+def damped(matrix: Float[Tensor, "n n"], share: float) -> Float[Tensor, "n n"]:
+    """B + share · mean(eigenvalues of B) · I, float64: what was measured of few tokens is not taken for certain."""
+    found = matrix.to(torch.float64, copy=True)
+    found.diagonal().add_(share * found.diagonal().mean())
+    return found
+
+
+def shrunk(matrix: Float[Tensor, "n n"], share: float, to: Literal["diagonal", "identity"]) -> Float[Tensor, "n n"]:
+    """(1 − share) · G + share · T, float64: T is G's own diagonal, or the mean of it times I."""
+    matrix = matrix.double()
+    diagonal = matrix.diagonal().clone()
+    found = matrix * (1 - share)
+    found.diagonal().add_(share * (diagonal if to == "diagonal" else diagonal.mean()))
+    return found
 
 
 def pivot_rows(

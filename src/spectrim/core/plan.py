@@ -233,20 +233,71 @@ class Plan:
         }
 
     @staticmethod
-    def from_json(data: Mapping[str, Any]) -> Plan:
-        """Inverse of `to_json`."""
-        choices = {name: choice_from_json(choice) for name, choice in data["choices"].items()}
-        return Plan(choices, data["budget"], data["spent"], tuple(data["notes"]), curves=data.get("curves", {}))
+    def from_json(data: Any) -> Plan:
+        """Inverse of `to_json`. Raises ValueError for data that is no plan."""
+        plain = _shaped("a plan", data, _PLAN, required=("budget", "spent", "choices", "notes"))
+        choices = {name: choice_from_json(choice) for name, choice in plain["choices"].items()}
+        return Plan(choices, plain["budget"], plain["spent"], tuple(plain["notes"]), curves=plain.get("curves", {}))
 
     def dumps(self) -> str:
         """The plan as text."""
         return json.dumps(self.to_json(), indent=1)
 
 
-def choice_from_json(data: Mapping[str, Any]) -> Choice:
-    """A choice of its JSON data."""
-    keep = data["keep"]
-    return Choice(**{**data, "keep": None if keep is None else {kind: tuple(kept) for kind, kept in keep.items()}})
+def choice_from_json(data: Any) -> Choice:
+    """A choice of its JSON data. Raises ValueError for data that is none."""
+    plain = _shaped("a choice", data, _CHOICE, required=("formats", "counts"))
+    keep = plain.get("keep")
+    return Choice(**{**plain, "keep": None if keep is None else {kind: tuple(kept) for kind, kept in keep.items()}})
+
+
+def _whole(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(each, str) for each in value)
+
+
+def _table(right: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(isinstance(k, str) and right(v) for k, v in value.items())
+
+
+def _row(right: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list | tuple) and all(right(each) for each in value)
+
+
+# What the JSON of a plan and of a choice may hold, by key.
+_PLAN: dict[str, Callable[[Any], bool]] = {
+    "budget": _whole,
+    "spent": _whole,
+    "choices": lambda value: isinstance(value, dict),
+    "notes": _texts,
+    "curves": _table(_row(_number)),
+}
+_CHOICE: dict[str, Callable[[Any], bool]] = {
+    "formats": _table(lambda value: isinstance(value, str)),
+    "counts": _table(_whole),
+    "error": lambda value: value is None or _number(value),
+    "bias": lambda value: isinstance(value, bool),
+    "keep": lambda value: value is None or _table(_row(_whole))(value),
+}
+
+
+def _shaped(
+    what: str, data: Any, right: Mapping[str, Callable[[Any], bool]], required: Sequence[str]
+) -> dict[str, Any]:
+    """The data, if it has the keys required, no unknown one, and values of the right kinds; else ValueError."""
+    if not isinstance(data, dict) or not set(required) <= set(data) <= set(right):
+        raise ValueError(f"{what} is an object with the keys {', '.join(right)}, not {data!r:.200}")
+    for key, value in data.items():
+        if not right[key](value):
+            raise ValueError(f"{what} cannot have the {key} {value!r:.200}")
+    return dict(data)
 
 
 def merge(plans: list[Plan]) -> Plan:

@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from spectrim import pipeline
 from spectrim import recipe as recipe_files
+from spectrim.core import lock
 from spectrim.core.progress import Progress, silent
 from spectrim.core.store import hash_of, write_json
 from spectrim.data import text as texts
@@ -33,7 +34,7 @@ from spectrim.measure import apart, plot, zero_shot
 from spectrim.measure.evaluate import evaluate, parameters
 from spectrim.model import loading
 from spectrim.model.checkpoint import moved, quiet
-from spectrim.model.files import file_hash, read_config, refuse_quantized, resolve, weight_files
+from spectrim.model.files import file_hash, read_config, read_tokenizer, refuse_quantized, resolve, weight_files
 from spectrim.recipe import Recipe, RecipeError
 
 logger = logging.getLogger(__name__)
@@ -155,18 +156,18 @@ def compare(
     zero_shot.check(about["tasks"])
     cells = _cells(about, {"sequences": sequences, "length": length, "seed": seed})
     run = _Run(about, Path(out), Path(work or Path(out) / "work"), dtype, keep, trust_remote_code, progress)
-    run.prepare(cells, overwrite)
-    rows = [run.dense_row()]
-    for number, cell in enumerate(cells):
-        progress("compare", number, len(cells))
-        rows.append(run.row(cell))
-    progress("compare", len(cells), len(cells))
-    found = Comparison(_ranked(rows, about["heldout"]), run.described(cells, rows[0]))
-    data = found.to_json()
-    write_json(run.out / "compare.json", data)
-    plot.write_markdown(data, run.out / "compare.md")
-    if figure and len(found.failed) < len(cells):
-        plot.write_figure(data, run.out)
+    with lock.held(run.out, "--out"):  # the lock of the store is held by each cell's process while it works
+        run.prepare(cells, overwrite)
+        rows = [run.dense_row()]
+        for number, cell in enumerate(cells):
+            progress("compare", number, len(cells))
+            rows.append(run.row(cell))
+        progress("compare", len(cells), len(cells))
+        found = Comparison(_ranked(rows, about["heldout"]), run.described(cells, rows[0]))
+        write_json(run.out / "compare.json", data := found.to_json())
+        plot.write_markdown(data, run.out / "compare.md")
+        if figure and len(found.failed) < len(cells):
+            plot.write_figure(data, run.out)
     return found
 
 
@@ -242,14 +243,14 @@ class _Run:
                     shutil.rmtree(self.out / name)
             for made in ("compare.json", "compare.md", *plot.FIGURES):
                 (self.out / made).unlink(missing_ok=True)
-        elif self.out.exists() and (not self.out.is_dir() or any(p.name != "work" for p in self.out.iterdir())):
+        elif {path.name for path in self.out.iterdir()} - {"work", lock.NAME}:
             raise ValueError(f"{self.out} is no directory of a comparison; nothing was changed. Give another --out")
         write_json(request, asked)
 
     @cached_property
     def tokenizer(self) -> Any:
         """The model's own."""
-        return AutoTokenizer.from_pretrained(self.directory, trust_remote_code=self.trust_remote_code)
+        return read_tokenizer(self.directory, self.trust_remote_code)
 
     @cached_property
     def dense(self) -> PreTrainedModel:
@@ -351,8 +352,7 @@ class _Run:
             "calibration": {"text": self.about["text"], **{key: getattr(calibrate, key) for key in _SAME}},
             "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
             "hardware": {
-                "machine": platform.machine(), "device": self.about["device"], "threads": torch.get_num_threads(),
-            },
+                "machine": platform.machine(), "device": self.about["device"], "threads": torch.get_num_threads()},
         }  # fmt: skip
 
 

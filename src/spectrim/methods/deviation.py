@@ -26,26 +26,24 @@ from __future__ import annotations
 import heapq
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
-from typing import Any, ClassVar, Literal
+from functools import partial
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
 from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 
 from spectrim.core.budget import allowed, count
+from spectrim.core.meter import Kind, Meter
 from spectrim.core.plan import Candidate, Choice, Plan, Target
-from spectrim.core.registry import Allocator, Live, Problem, Sees, allocator
+from spectrim.core.registry import Allocator, Problem, Sees, allocator
 from spectrim.core.spend import knapsack
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["kl", "hidden", "perplexity"]
 Options = dict[int, Choice | None]  # by parameters kept, ascending; None: dense
 
 
@@ -246,109 +244,6 @@ def _row(costs: Sequence[int], losses: Mapping[int, float]) -> Row:
         value = losses[cost] if cost in losses else math.nan if curve is None else float(curve(cost))
         found.append(value if math.isfinite(value) else math.inf)
     return Row(tuple(costs), tuple(found))
-
-
-class Meter:
-    """Measures one base state of a model and what changes when one target of it does; works only when asked.
-
-    base: choices by target, None for dense. Targets are asked for in the order of their blocks.
-    """
-
-    def __init__(
-        self, live: Live, kind: Kind, base: Mapping[str, Choice | None], sequences: int | None, length: int | None
-    ) -> None:
-        self.live, self.kind, self.base = live, kind, base
-        self.sequences, self.length = sequences, length
-        self._at, self._states, self._teacher = 0, list[Tensor](), list[Tensor]()
-
-    @cached_property
-    def batches(self) -> list[Int[Tensor, "batch length"]]:
-        """The windows that are run."""
-        return self.live.batches(self.sequences, self.length)
-
-    @cached_property
-    def built(self) -> dict[str, Mapping[str, Any]]:
-        """The modules of the base state, by target."""
-        return {name: self.live.built(name, choice) for name, choice in self.base.items() if choice is not None}
-
-    @contextmanager
-    def in_base(self, left_out: str | None = None) -> Iterator[None]:
-        """The model in its base state, one target left dense; before the first time, the dense model's states."""
-        if self.kind != "perplexity" and not self._teacher:
-            self._teacher = [self.live.run(ids, self.live.enter(ids), 0, self.live.blocks) for ids in self.batches]
-        others = [modules for name, modules in self.built.items() if name != left_out]
-        with self.live.swapped({module: made for modules in others for module, made in modules.items()}):
-            yield
-
-    def reference(self, index: int) -> Tensor | None:
-        """What a batch is compared with: for kl the log-probabilities of the dense model."""
-        if self.kind == "perplexity":
-            return None
-        state = self._teacher[index]
-        if self.kind == "hidden":
-            return state
-        return torch.log_softmax(self.live.logits(self.batches[index], state).float(), -1)
-
-    @torch.no_grad()
-    def of_base(self) -> float:
-        """The deviation of the base state."""
-        sums, blocks = torch.zeros(2, dtype=torch.float64), self.live.blocks
-        with self.in_base():
-            for index, ids in enumerate(self.batches):
-                state = self.live.run(ids, self.live.enter(ids), 0, blocks)
-                sums += compare(self.kind, self.live, ids, state, self.reference(index))
-        return total(self.kind, sums)
-
-    @torch.no_grad()
-    def of_target(self, target: Target, choices: Sequence[Choice | None]) -> list[float]:
-        """The deviation with each choice of one target instead of that of the base."""
-        if not choices:
-            return []
-        start, sums = min(target.blocks), torch.zeros(len(choices), 2, dtype=torch.float64)
-        states = self._entering(start)
-        built = [{} if choice is None else self.live.built(target.name, choice) for choice in choices]
-        with self.in_base(target.name):
-            for index, (ids, state) in enumerate(zip(self.batches, states, strict=True)):
-                reference = self.reference(index)
-                for place, modules in enumerate(built):
-                    with self.live.swapped(modules):
-                        final = self.live.run(ids, state, start, self.live.blocks)
-                        sums[place] += compare(self.kind, self.live, ids, final, reference)
-        return [total(self.kind, each) for each in sums]
-
-    def _entering(self, block: int) -> list[Float[Tensor, "batch length hidden"]]:
-        """States of the base entering a block; only the last asked for are kept."""
-        if not self._states or block < self._at:
-            self._at, self._states = 0, [self.live.enter(ids) for ids in self.batches]
-        with self.in_base():
-            for index, ids in enumerate(self.batches):
-                self._states[index] = self.live.run(ids, self._states[index], self._at, block)
-        self._at = block
-        return self._states
-
-
-def compare(
-    kind: Kind, live: Live, ids: Int[Tensor, "batch length"], state: Float[Tensor, "batch length hidden"],
-    reference: Tensor | None,
-) -> Float[Tensor, "2"]:  # fmt: skip
-    """What one batch adds to the two sums whose quotient is the deviation; work in float32, sums in float64."""
-    if kind == "hidden":
-        assert reference is not None
-        away = (state.float() - reference.float()).square().sum(dtype=torch.float64)
-        return torch.stack([away, reference.float().square().sum(dtype=torch.float64)]).cpu()
-    predicted = torch.log_softmax(live.logits(ids, state).float(), -1)
-    if kind == "kl":
-        assert reference is not None
-        lost = reference.exp().mul_(reference - predicted).sum(-1)
-    else:
-        lost = -predicted[:, :-1].gather(-1, ids[:, 1:, None].to(predicted.device))
-    return torch.tensor([float(lost.sum(dtype=torch.float64)), lost.numel()], dtype=torch.float64)
-
-
-def total(kind: Kind, sums: Float[Tensor, "2"]) -> float:
-    """The deviation from its two sums."""
-    quotient = sums[0] / sums[1]
-    return float(quotient.exp() if kind == "perplexity" else quotient)
 
 
 # --- what is left of the budget ---

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -24,7 +24,9 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as hf_logging
 
-from spectrim.model.files import DTYPES, file_hash, keys, read_config, refuse_quantized, weight_files
+from spectrim.model import modules
+from spectrim.model.files import file_hash, keys, read_config, refuse_quantized, stored_dtype, weight_files
+from spectrim.model.quantizer import refuse_unfilled
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +74,34 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bo
     return model.eval()
 
 
+def refuse_absurd(
+    directory: Path,
+    config: PretrainedConfig,
+    files: Sequence[Path],
+    trust_remote_code: bool = False,
+    layout: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
+    """Raise ValueError for a configuration (and layout) that the files cannot fill, before memory of its size is taken.
+
+    All of the model is on the meta device here, tables too, which `skeleton` makes for real.
+    """
+    stored, tensors = sum(file.stat().st_size for file in files), sum(len(keys(file)) for file in files)
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > tensors:
+        raise ValueError(f"{directory}: {layers:,} layers by its config.json, but {tensors:,} tensors in its files")
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever a model class raises for sizes that do not go together
+        said = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{directory}: no model can be made by its config.json: {said}") from error
+    try:
+        modules.swap(model, layout or {})
+        refuse_unfilled(model, stored)
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from error
+
+
 class Checkpoint:
     """A checkpoint on disk, read a module at a time; `dtype` is the one to compute in (None: as stored)."""
 
@@ -82,6 +112,7 @@ class Checkpoint:
         self.files = weight_files(directory)
         self.where = {key: file for file in self.files for key in keys(file)}
         self.stored_dtype = self._main_dtype()
+        refuse_absurd(directory, self.config, self.files, trust_remote_code)
         self.model = skeleton(self.config, dtype or self.stored_dtype, trust_remote_code)
         self.mapping = get_model_conversion_mapping(self.model)
         # what transformers would load each stored tensor into; a converted one goes with others into one parameter
@@ -94,7 +125,7 @@ class Checkpoint:
         for key, file in self.where.items():
             with safe_open(file, framework="pt") as opened:
                 piece = opened.get_slice(key)
-                dtype = DTYPES[piece.get_dtype()]
+                dtype = stored_dtype(file, key, piece.get_dtype())
                 sizes[dtype] = sizes.get(dtype, 0) + torch.Size(piece.get_shape()).numel()
         floating = {dtype: size for dtype, size in sizes.items() if dtype.is_floating_point}
         if not floating:
@@ -198,7 +229,7 @@ class Checkpoint:
     def dtype_of(self, key: str) -> torch.dtype:
         """Its stored dtype."""
         with safe_open(self.where[key], framework="pt") as file:
-            return DTYPES[file.get_slice(key).get_dtype()]
+            return stored_dtype(self.where[key], key, file.get_slice(key).get_dtype())
 
     def whole(self, device: torch.device) -> PreTrainedModel:
         """As in `Weights`."""

@@ -22,8 +22,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from spectrim.model import modules
-from spectrim.model.checkpoint import skeleton
-from spectrim.model.files import DTYPES, config_json, read_config, weight_files
+from spectrim.model.checkpoint import refuse_absurd, skeleton
+from spectrim.model.files import config_json, read_config, stored_dtype, weight_files
 from spectrim.model.loading import CODE_FILE, Layout, read_layout
 from spectrim.model.native import changed, shape_of
 from spectrim.model.quantizer import CODE_MODULE
@@ -67,6 +67,7 @@ def export_dense(
     layout = read_layout(directory)
     config = read_config(directory)
     del config.quantization_config
+    refuse_absurd(directory, config, weight_files(directory), layout=layout)
     changes, model = _dense_model(config, layout)
     default = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     fold = _Fold(model, layout, dtype, default, _stored(directory, layout, config))
@@ -106,7 +107,8 @@ def _stored(directory: Path, layout: Layout, config: PretrainedConfig) -> list[_
                 piece = opened.get_slice(key)
                 shape = tuple(piece.get_shape())
                 if shape != (0,) or name in state:
-                    found.append(_Stored(name, key, file, DTYPES[piece.get_dtype()], shape))
+                    kind = stored_dtype(file, key, piece.get_dtype())
+                    found.append(_Stored(name, key, file, kind, shape))
     return found
 
 

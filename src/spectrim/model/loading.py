@@ -16,7 +16,8 @@ from typing import Any
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from spectrim.model import modules, quantizer
+from spectrim.model import files, modules, quantizer
+from spectrim.model.checkpoint import refuse_absurd
 from spectrim.model.quantizer import CODE_MODULE, METHOD, SpectrimConfig, SpectrimQuantizer, mark, register
 
 CODE_FILE = f"{CODE_MODULE}.py"
@@ -82,32 +83,51 @@ def save(model: PreTrainedModel, directory: str | Path, **kwargs: Any) -> None:
 def load(directory: str | Path, **kwargs: Any) -> PreTrainedModel:
     """Load a causal model, compressed or not; keywords go to `AutoModelForCausalLM.from_pretrained`.
 
-    ValueError for a layout that does not fit the model or its tensors, or of a newer format version.
+    Of safetensors only: pickled weights are refused. ValueError for a directory whose files are damaged or do not
+    belong together, for a layout that does not fit the model or its tensors, or of a newer format version.
     """
     register()
+    if not kwargs.get("gguf_file"):
+        kwargs.setdefault("use_safetensors", True)
+    elsewhere = any(kwargs.get(key) for key in ("gguf_file", "subfolder", "variant", "state_dict", "config"))
+    if (Path(directory) / "config.json").is_file() and not elsewhere:
+        _refuse_damaged(Path(directory), bool(kwargs.get("trust_remote_code")))
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, **kwargs)
     return model
 
 
+def _refuse_damaged(directory: Path, trust_remote_code: bool) -> None:
+    """Raise ValueError, naming the file, for what transformers would find late, in other words or not at all."""
+    config = files.configuration(directory, trust_remote_code)
+    weights = files.weight_files(directory)
+    if is_compressed(directory):
+        read_layout(directory)  # whether the files can fill it is the quantizer's to say
+    elif getattr(config, "quantization_config", None) is None:
+        refuse_absurd(directory, config, weights, trust_remote_code)
+
+
 def is_compressed(directory: str | Path) -> bool:
     """Return whether a directory holds a model compressed by spectrim. ValueError without a config.json."""
-    return (read_config(directory).get("quantization_config") or {}).get("quant_method") == METHOD
+    entry = read_config(directory).get("quantization_config")
+    return isinstance(entry, dict) and entry.get("quant_method") == METHOD
 
 
 def read_layout(directory: str | Path) -> dict[str, dict[str, Any]]:
     """Return {module name: spec} of a compressed model. ValueError if it is not one, or of a newer format version."""
     if not is_compressed(directory):
         raise ValueError(f"{directory} holds no model compressed by spectrim: its config.json has no such layout")
-    return SpectrimConfig(**read_config(directory)["quantization_config"]).layout
+    try:
+        return SpectrimConfig(**read_config(directory)["quantization_config"]).layout
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from error
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
-    """Return what config.json of a model directory holds. ValueError if there is none."""
+    """Return what config.json of a model directory holds. ValueError if there is none, or it holds no such object."""
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise ValueError(f"{directory} is not a model directory: it has no config.json")
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return config
+    return files.read_json(path)
 
 
 def write_config(

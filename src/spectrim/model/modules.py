@@ -6,7 +6,7 @@ every checkpoint, which so loads without the package.
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -300,30 +300,34 @@ _KINDS = (ResizedLinear, LowRank, Pivot, LowRankColumns, LowRankSparse, PivotSpa
 FORMATS: dict[str, type[Format]] = {kind.format: kind for kind in _KINDS}
 
 
-def checked(spec: Mapping[str, Any]) -> dict[str, Any]:
+def checked(spec: Any) -> dict[str, Any]:
     """Return the spec in canonical form. ValueError: a format or key unknown, a key missing, a size out of range."""
-    kind = FORMATS.get(spec.get("format", ""))
+    if not isinstance(spec, Mapping):
+        raise ValueError(f"a spec is an object with a format and sizes, not {spec!r:.200}")
+    format = spec.get("format")
+    kind = FORMATS.get(format) if isinstance(format, str) else None
     if kind is None:
-        raise ValueError(f"unknown module format {spec.get('format')!r}; known: {sorted(FORMATS)}")
+        raise ValueError(f"unknown module format {format!r:.200}; known: {sorted(FORMATS)}")
     keys = ("format", "in", "out", "bias", *kind.sizes)
     if kind is Pivot:
-        spec = {key: value for key, value in spec.items() if key != "kept" or value != 0}
+        spec = {key: value for key, value in spec.items() if key != "kept" or type(value) is not int or value}
         keys += ("side", "kept") if "kept" in spec else ("side",)
     keys += ("index",) if "nnz" in keys else ()
     if set(keys) != set(spec):
-        odd = f"missing {sorted(set(keys) - set(spec))}, unknown {sorted(set(spec) - set(keys))}"
+        odd = f"missing {sorted(set(keys) - set(spec))}, unknown {sorted(set(spec) - set(keys), key=str)}"
         raise ValueError(f"a spec of format {kind.format!r} does not have the right keys: {odd}")
     for key in keys:
         value = spec[key]
         right = {"format": True, "bias": isinstance(value, bool), "index": value in ("csr", "mask")}
         right["side"] = value in ("rows", "columns")
         if not right.get(key, type(value) is int and value >= 0):
-            raise ValueError(f"{key!r} of a spec of format {kind.format!r} cannot be {value!r}")
+            raise ValueError(f"{key!r} of a spec of format {kind.format!r} cannot be {value!r:.200}")
     size, rank, kept = (spec["in"], spec["out"]), spec.get("rank", 0), spec.get("kept", 0)
-    room = min(size[0] - kept, size[1]) if issubclass(kind, Pivot) else rank * (kept < size[0])
+    room = min(size[0] - kept, size[1])
     bad_kept = kept > size[0] or (kept and spec.get("side") == "rows")
-    if min(size) == 0 or bad_kept or rank > room or spec.get("nnz", 0) > size[0] * size[1]:
-        raise ValueError(f"the sizes do not fit together: {dict(spec)}")
+    # no tensor has 2⁵⁶ entries: counts of bytes stay within 64 bits
+    if not 0 < size[0] * size[1] < 2**56 or bad_kept or rank > room or spec.get("nnz", 0) > size[0] * size[1]:
+        raise ValueError(f"the sizes do not fit together: {dict(spec)!r:.400}")
     return {key: spec[key] for key in keys}
 
 
@@ -352,14 +356,24 @@ def swap(model: nn.Module, layout: Mapping[str, Mapping[str, Any]], dtype: torch
     """Put an empty module in the place of each one the layout names, on the device and in the dtype of its weight.
 
     A module that already has its spec stays. ValueError, before anything is changed: a name the model lacks, a module
-    that is no linear layer or is compressed otherwise, a spec that does not fit the layer's shape.
+    that is no linear layer or is compressed otherwise or named twice, a spec that does not fit the layer's shape.
     """
+    known = dict(model.named_modules(remove_duplicate=False))
+    named: dict[int, str] = {}
+    for name in layout:
+        # Names that lead to a module by way of an attribute (base_model.…) would replace it under a second name.
+        if name not in known or name == "":
+            raise ValueError(f"the layout names the module {name!r:.200}: the model has none of this name")
+        above = next((above for above in _parents(name) if above in layout), None)
+        if above is not None or named.setdefault(id(known[name]), name) != name:
+            other = above or named[id(known[name])]
+            raise ValueError(f"the layout names the module {name!r} and {other!r}, which share it")
     for name, module in [(name, _replacement(model, name, spec, dtype)) for name, spec in layout.items()]:
         if module is not None:
             model.set_submodule(name, module)
 
 
-def _replacement(model: nn.Module, name: str, spec: Mapping[str, Any], dtype: torch.dtype | None) -> Format | None:
+def _replacement(model: nn.Module, name: str, spec: Any, dtype: torch.dtype | None) -> Format | None:
     try:
         old = model.get_submodule(name)
         wanted = checked(spec)
@@ -378,6 +392,13 @@ def _replacement(model: nn.Module, name: str, spec: Mapping[str, Any], dtype: to
     if given != shape and (wanted["format"] != "dense" or given[0] > shape[0] or given[1] > shape[1]):
         raise ValueError(f"module {name!r} is {shape} (out × in), the layout's {wanted['format']} is {given}")
     return empty(wanted, weight.device, dtype or weight.dtype).train(old.training)
+
+
+def _parents(name: str) -> Iterator[str]:
+    """Yield the names of the modules that a module is in, the nearest first."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
 
 
 def _linear(size: int, out: int, device: Any, dtype: torch.dtype | None) -> nn.Linear | None:
@@ -449,7 +470,8 @@ def _index_form(spec: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], tor
 
 def _from_csr(row_starts: Tensor, columns: Tensor, size: int, nnz: int) -> tuple[Tensor, Tensor]:
     """Return `starts` and `inputs`. ValueError for indices out of range or out of order."""
-    if row_starts[0] != 0 or row_starts[-1] != nnz or (row_starts.diff() < 0).any():
+    # as int64: in int32 a rise by more than 2³¹ and the fall after it would both look like rises
+    if row_starts[0] != 0 or row_starts[-1] != nnz or (row_starts.long().diff() < 0).any():
         raise ValueError(f"row_starts must rise from 0 to nnz = {nnz}")
     inputs = columns.to(torch.int32)
     if ((inputs < 0) | (inputs >= size)).any() or (_places(row_starts, inputs, size).diff() <= 0).any():

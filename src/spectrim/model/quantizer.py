@@ -6,6 +6,7 @@ checked) and when it saves. This file imports torch and transformers only: a cop
 
 import copy
 import logging
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -36,22 +37,28 @@ class SpectrimConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        layout: Mapping[str, Mapping[str, Any]] | None = None,
-        format_version: int = FORMAT_VERSION,
-        quant_method: str = METHOD,
+        layout: Any = None,  # {module name: spec}; what a file holds may be anything
+        format_version: Any = FORMAT_VERSION,
+        quant_method: Any = METHOD,
         **unknown: Any,
     ) -> None:
-        if not isinstance(format_version, int) or format_version > FORMAT_VERSION:
+        if type(format_version) is not int or format_version < 1:
+            raise ValueError(f"the spectrim format_version is a number from 1 on, not {format_version!r:.200}")
+        if format_version > FORMAT_VERSION:
             raise ValueError(
                 f"the checkpoint has the spectrim format_version {format_version!r}, this code reads up to version "
                 f"{FORMAT_VERSION}: install a newer release of spectrim, one that reads version {format_version!r}"
             )
         if unknown or quant_method != METHOD:
             raise ValueError(f"not a spectrim quantization_config: {quant_method=}, unknown keys {sorted(unknown)}")
+        if layout is not None and not isinstance(layout, Mapping):
+            raise ValueError(f"the layout is an object of module names and specs, not {layout!r:.200}")
         self.quant_method: Any = quant_method
         self.format_version = format_version
-        self.layout = {}
+        self.layout: dict[str, dict[str, Any]] = {}
         for name, spec in (layout or {}).items():
+            if not isinstance(name, str) or not name:
+                raise ValueError(f"the layout names a module {name!r:.200}, which is no name")
             try:
                 self.layout[name] = checked(spec)
             except ValueError as error:
@@ -103,6 +110,9 @@ class SpectrimQuantizer(HfQuantizer):
         guard = guard_name(self.layout)
         self.quantization_config.layout = _local(model, self.layout, prefix)  # type: ignore[attr-defined]
         swap(model, self.layout)
+        files = kwargs.get("checkpoint_files")
+        if files:
+            refuse_unfilled(model, sum(os.path.getsize(file) for file in files))
         for name, spec in self.layout.items():
             _stand_in(spec, model.get_submodule(name))
         if guard is not None:
@@ -136,6 +146,23 @@ class SpectrimQuantizer(HfQuantizer):
         if dtype is not None and str(dtype).removeprefix("torch.") != str(model.config.dtype).removeprefix("torch."):
             model.to(dtype)
         return model
+
+
+def refuse_unfilled(model: nn.Module, stored: int) -> None:
+    """Raise ValueError for a skeleton whose parameters or buffers cannot come from files of `stored` bytes.
+
+    A stored number takes a byte or more, and the head may be tied to the embedding: so at most 2 numbers a byte. Of
+    the buffers most are indices as stored, in wider integers, or small tables: so at most 4 times the bytes, and 1 GiB.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.numel() > stored:
+            shape = f"{tuple(parameter.shape)} by its config.json"
+            raise ValueError(f"the weight {name} is {shape}, more than its files of {stored:,} bytes can hold")
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+    if numbers > 2 * stored or buffers > 4 * stored + 2**30:
+        wanted = f"{numbers:,} numbers and {buffers:,} bytes of tables"
+        raise ValueError(f"the model of its config.json has {wanted}, more than its files of {stored:,} bytes can fill")
 
 
 def mark(model: Any, quantizer: SpectrimQuantizer) -> None:
@@ -174,7 +201,11 @@ def _local(model: nn.Module, layout: dict[str, dict[str, Any]], prefix: str) -> 
     def local(name: str) -> str:
         return next((n for n in (name, f"{prefix}.{name}", name.removeprefix(prefix + ".")) if n in known), name)
 
-    return {local(name): spec for name, spec in layout.items()}
+    owners: dict[str, str] = {}
+    for name in layout:
+        if owners.setdefault(local(name), name) != name:
+            raise ValueError(f"the layout names one module twice: {owners[local(name)]!r} and {name!r}")
+    return {local: layout[name] for local, name in owners.items()}
 
 
 def _stand_in(spec: dict[str, Any], module: nn.Module) -> None:
@@ -195,6 +226,9 @@ def _settle(name: str, spec: dict[str, Any], module: nn.Module) -> None:
         if tensor.shape != wanted[key].shape:
             shapes = f"{tuple(tensor.shape)}, its layout needs {tuple(wanted[key].shape)}"
             raise ValueError(f"module {name!r}: the checkpoint's tensor {key!r} has the shape {shapes} ({spec})")
+        if tensor.is_floating_point() != wanted[key].is_floating_point() or tensor.is_complex():
+            kinds = f"{tensor.dtype}, its layout needs {wanted[key].dtype}"
+            raise ValueError(f"module {name!r}: the checkpoint's tensor {key!r} is {kinds} ({spec})")
         if tensor.is_meta and not tensor.is_floating_point():
             raise ValueError(f"module {name!r}: its indices cannot be offloaded; load without offload_buffers=True")
         # transformers marks what it read; what it did not read it filled at random. On meta: offloaded to disk.

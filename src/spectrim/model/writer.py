@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from torch import Tensor
 from spectrim.model.files import DTYPES
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
 @dataclass(frozen=True)
@@ -100,13 +102,15 @@ def _write_file(path: Path, items: Sequence[Item]) -> Iterator[int]:
 def new_directory(out: Path, overwrite: bool) -> Iterator[Path]:
     """A temporary directory beside `out` that takes its place when all went well, and vanishes when not.
 
-    Raises ValueError when `out` exists and is not empty, unless `overwrite`: then it is replaced at the very end.
+    Raises ValueError when `out` exists and is not empty, unless `overwrite`: then it is replaced at the very end. For
+    a disk that is full or read-only, OSError says what to do.
     """
     refuse_filled(out, overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
-        yield temporary
+        with _room(out):
+            yield temporary
         temporary.chmod(0o755)
         if out.exists():
             old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.old."))
@@ -125,8 +129,29 @@ def new_directory(out: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def refuse_filled(out: Path, overwrite: bool) -> None:
-    """Raise ValueError if `out` cannot be written: it is a file, or holds something and `overwrite` is not set."""
+    """Raise ValueError if `out` is a file, or holds something and `overwrite` is not set; OSError if it cannot be made.
+
+    That is tried: permissions alone do not tell of a read-only or full disk.
+    """
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; give a directory")
     if out.exists() and any(out.iterdir()) and not overwrite:
         raise ValueError(f"{out} is not empty; nothing was changed. Give another --out, or --overwrite to replace it")
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    try:
+        os.rmdir(tempfile.mkdtemp(dir=above, prefix=f".{out.name}."))
+    except OSError as error:
+        reason = f"cannot write {out}: {error.strerror} ({above}); give another directory with --out"
+        raise OSError(error.errno, reason) from error
+
+
+@contextmanager
+def _room(out: Path) -> Iterator[None]:
+    """A failure to write said in full: the system's own words name no file, and not what is left."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _UNWRITABLE:
+            raise
+        advice = "free some space or give another --out, then run again: finished work is kept"
+        raise OSError(error.errno, f"cannot write {out}: {error.strerror}; {advice}") from error

@@ -1,0 +1,117 @@
+"""Hidden states of the calibration batches between two blocks: in memory, or in files as well, so that a run goes on.
+
+In files every state entering a block is there before those entering the block before it go: a run that is killed finds
+at least one whole set, and loses a block. Files are mapped, one batch at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+from jaxtyping import Float
+from torch import Tensor
+
+from spectrim.core.store import Store
+
+State = Float[Tensor, "batch length hidden"]
+
+
+@runtime_checkable
+class States(Protocol):
+    """The states entering a block, by batch, on the CPU."""
+
+    def first(self, batches: int, latest: int) -> int:
+        """The block to start from, `latest` at most: states entering it are there for all `batches`; 0 if for none."""
+        ...
+
+    def put(self, block: int, batch: int, state: State) -> None:
+        """Take the state of a batch entering a block; that entering the block before it may go."""
+        ...
+
+    def get(self, block: int, batch: int) -> State:
+        """Give it back, the same bits."""
+        ...
+
+    def finished(self, block: int, batches: int) -> None:
+        """What was to be made of a block is kept: the states entering it are not wanted again."""
+        ...
+
+
+@dataclass
+class InMemory:
+    """All in memory, those leaving a block in the place of those entering it: nothing to go on from."""
+
+    held: dict[int, Tensor] = field(default_factory=dict)
+
+    def first(self, batches: int, latest: int) -> int:
+        """As in `States`."""
+        return 0
+
+    def put(self, block: int, batch: int, state: State) -> None:
+        """As in `States`."""
+        self.held[batch] = _placed(state, self.held.get(batch))
+
+    def get(self, block: int, batch: int) -> State:
+        """As in `States`."""
+        return self.held[batch]
+
+    def finished(self, block: int, batches: int) -> None:
+        """As in `States`."""
+
+
+@dataclass
+class InFiles:
+    """A file a batch in the store; the first ones in memory too, as far as `room` bytes go.
+
+    key: what made the states that enter a block; None for a block of which that is not known yet.
+    """
+
+    store: Store
+    key: Callable[[int], Mapping[str, Any] | None]
+    room: int
+    held: dict[int, tuple[int, Tensor]] = field(default_factory=dict)
+
+    def _key(self, block: int, batch: int) -> dict[str, Any]:
+        return {**(self.key(block) or {}), "block": block, "batch": batch}
+
+    def _whole(self, block: int, batches: int) -> bool:
+        return self.key(block) is not None and all(
+            self.store.has("states", self._key(block, batch)) for batch in range(batches)
+        )
+
+    def first(self, batches: int, latest: int) -> int:
+        """As in `States`; those entering blocks before it go."""
+        found = next((block for block in range(latest, 0, -1) if self._whole(block, batches)), 0)
+        for block in range(found):
+            self.finished(block, batches)
+        return found
+
+    def put(self, block: int, batch: int, state: State) -> None:
+        """As in `States`. Raises StoreError when the disk is full."""
+        self.store.save("states", self._key(block, batch), {"state": state})
+        others = sum(kept.nbytes for number, (_, kept) in self.held.items() if number != batch)
+        known = self.held.pop(batch, (0, None))[1]
+        if others + state.nbytes <= self.room:
+            self.held[batch] = block, _placed(state, known)
+
+    def get(self, block: int, batch: int) -> State:
+        """As in `States`. Raises StoreError for a file that cannot be read."""
+        known = self.held.get(batch)
+        if known is not None and known[0] == block:
+            return known[1]
+        # a copy lies where memory made by torch begins: products may round by where their input lies
+        return self.store.load("states", self._key(block, batch))["state"].clone()
+
+    def finished(self, block: int, batches: int) -> None:
+        """As in `States`."""
+        for batch in range(batches if self.key(block) is not None else 0):
+            self.store.remove("states", self._key(block, batch))
+
+
+def _placed(state: State, before: Tensor | None) -> Tensor:
+    """The state on the CPU, in the memory of the one before it where it has its shape: new pieces would leave holes."""
+    if before is None or before.shape != state.shape or before.dtype != state.dtype:
+        return state.cpu().contiguous()
+    return before.copy_(state)

@@ -1,0 +1,97 @@
+"""Our own recipe's decomposition: low rank in the model's own second-order metric, on both sides of a matrix.
+
+The loss of a model whose matrices move a little, L = KL(dense ‖ compressed) a token, has no gradient at the dense
+point, and its Hessian there is the Fisher information F of the predictions. With K-FAC's F ≈ B ⊗ G,
+
+    L ≈ ½ ‖B^½ (W − W′) G^½‖²,      G = E[x xᵀ] of the inputs,      B = E[g gᵀ] of the gradients at the outputs,
+
+and W′ = B^-½ U_r U_rᵀ B^½ W is its optimum at every rank r, U the eigenvectors of B^½ W G Wᵀ B^½: `linalg.two_sided`.
+The scores are its singular values σ, in a common currency for all matrices: ½ Σ_{i ≥ r} σ_i² is predicted in nats a
+token. Gradients are those of labels that the model draws itself (`OutputFisher`): with the text's own B would be the
+empirical Fisher, which the model's errors bias, and L has no first-order term to approximate.
+
+Sources: K-FAC is Martens and Grosse's (2015); SVD in that metric LEMS's (arXiv 2610.32878), from the text's labels and
+by Cholesky. Our own decisions: sampled labels, no inverse of G, the damping's form and default, all tokens alike.
+
+- damping: B ← B + damping · mean(eigenvalues of B) · I. A second-order model holds near the dense point; the more is
+  removed, the less one should trust small eigenvalues of B.
+- shrink: of G towards its diagonal or the mean of it, so that what the calibration text lacks is not free.
+- sided: "input" takes B = I, for models too large for a backward pass. It streams, its scores are then those of
+  whitened SVD, and no currency between matrices.
+
+Costs, both sides: one backward pass over the whole model; B is out × out in float64 for every matrix, all blocks at
+once. Two float64 `eigh` of min(out, in) a matrix, out²·in + out·in² multiplications. Both factors are kept.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from spectrim.calibrate.statistics import Gram, OutputFisher, Statistic, Tokens
+from spectrim.core.linalg import damped, directions, shrunk, two_sided
+from spectrim.core.plan import Candidate, Target, Units
+from spectrim.core.registry import Decomposer, Statistics, decomposer
+
+logger = logging.getLogger(__name__)
+
+
+@decomposer("two_sided_svd")
+@dataclass(frozen=True)
+class TwoSidedSVD(Decomposer):
+    """The rank r nearest to W in the metric of its inputs and of the loss at its outputs; see the file's docstring."""
+
+    damping: float = 0.3
+    shrink: float = 0.0
+    shrink_to: Literal["diagonal", "identity"] = "diagonal"
+    sided: Literal["both", "input"] = "both"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.damping < float("inf"):
+            raise ValueError(
+                f"damping is {self.damping}: a share of the mean eigenvalue, 0 or more; 0.3 is the default"
+            )
+        if not 0 <= self.shrink <= 1:
+            raise ValueError(f"shrink is {self.shrink}: it must be from 0, the Gram itself, to 1, all of shrink_to")
+
+    @property
+    def needs(self) -> tuple[Statistic, ...]:
+        """The Gram of the inputs; on both sides also the Fisher information at the outputs, and the tokens' number."""
+        return (Gram(),) if self.sided == "input" else (Gram(), Tokens(), OutputFisher())
+
+    def decompose(self, target: Target, weights: Mapping[str, Tensor], stats: Mapping[str, Statistics]) -> Candidate:
+        """Rank units of a single-matrix target; errors at its output only where the metric is the Gram alone.
+
+        Raises ValueError where the gradients were not finite, naming the target.
+        """
+        (part,) = target.parts
+        weight, found = weights[part.module], stats[part.module]
+        gram = shrunk(found[Gram()], self.shrink, self.shrink_to) if self.shrink else found[Gram()]
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        errors = None
+        if self.sided == "input":
+            left, energies = directions(weight, gram)
+            tensors = {"left": left.to(dtype)}
+            errors = energies if self.shrink == 0 else None
+            logger.info("%s: one-sided, its outputs all count alike (sided: input)", target.name)
+        else:
+            left, right, energies = self._both(target, weight, gram, found)
+            tensors = {"left": left.to(dtype), "right": right.to(dtype)}
+        units = Units("rank", energies.sqrt(), errors, part.out_features + part.in_features)
+        return Candidate(target, (units,), lambda: tensors, lambda: weights)
+
+    def _both(
+        self, target: Target, weight: Float[Tensor, "out in"], gram: Float[Tensor, "in in"], found: Statistics
+    ) -> tuple[Float[Tensor, "out k"], Float[Tensor, "k in"], Float[Tensor, "k"]]:
+        """The factors, and energies in twice nats a token."""
+        if not bool(found[OutputFisher()].isfinite().all()):
+            raise ValueError(f"{target.name}: Fisher information is not finite, its gradients overflowed")
+        tokens = float(found[Tokens()].clamp_min(1))
+        left, right, energies = two_sided(weight, gram, damped(found[OutputFisher()], self.damping))
+        return left, right, energies / tokens**2

@@ -1,0 +1,315 @@
+"""What a run has to hold, from shapes alone: bytes in memory by stage and cause, bytes in the work directory."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from spectrim.core import budget
+from spectrim.core.plan import Part, Target
+from spectrim.jobs import Job
+from spectrim.model.targets import Structure
+from spectrim.recipe import Recipe, RecipeError
+
+# Of robust PCA with its default settings, on Gaussian matrices and on those of the bundled model: directions of L as a
+# share of the smaller side (0.53 to 0.61), and entries of S, a share 1 − GAP √(smaller / larger side) of all.
+LOW, GAP = 0.57, 0.44
+# What a file begins with: the names, types and places of a few tensors.
+HEADER = 400
+# What the process keeps of freed pieces below 8 MiB (`core.heap`), and its own objects: 9 to 18 MB on small models.
+HEAP = 2**24
+UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+Causes = dict[str, int]
+
+
+def parse_size(given: str | int) -> int:
+    """Bytes of `6GB`, `512MiB`, `1.5 GB` or a plain number. Raises RecipeError for anything else, and for none."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(given).lower())
+    if found is None or found[2] not in UNITS or not int(float(found[1]) * UNITS[found[2]]):
+        raise RecipeError(f"memory {given!r} is no size: give bytes, or a number with a unit, such as 6GB or 512MiB")
+    return int(float(found[1]) * UNITS[found[2]])
+
+
+def shown(size: int) -> str:
+    """A size to read."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+# --- disk ---
+
+
+def stored_bytes(job: Job, target: Target) -> int:
+    """A candidate in the store: factors in float32, two spectra in float64; entries with their places and scores.
+
+    left goes as far as the format can use it, or, where an allocator learns, as far as there are directions. An FFN as
+    a whole has one score and one index a channel. How many entries robust PCA finds is an average over matrices.
+    """
+    if budget.is_ffn(target):
+        return 16 * target.channels + HEADER
+    (part,), kinds = target.parts, job.decomposers[target.name].kinds
+    directions, entries = units_of(part, kinds)
+    if "rank" not in kinds:  # place and score, of all entries
+        return entries * (8 if entries <= torch.iinfo(torch.int32).max else 12) + HEADER
+    of_left = directions if job.allocator.learns else min(directions, budget.largest_rank(job.format, part))
+    factors = 4 * part.out_features * of_left
+    if "entry" in kinds:  # right by itself; of entries place, value and score
+        return factors + (4 * part.in_features + 8) * directions + 16 * entries + HEADER
+    return factors + spectrum_bytes(target)
+
+
+def spectrum_bytes(target: Target) -> int:
+    """The rank units of a matrix alone."""
+    (part,) = target.parts
+    return 16 * min(part.out_features, part.in_features) + HEADER
+
+
+def units_of(part: Part, kinds: Sequence[str]) -> tuple[int, int]:
+    """About how many directions and entries a candidate has."""
+    smaller, larger = sorted((part.out_features, part.in_features))
+    if "entry" not in kinds:
+        return smaller, 0
+    if "rank" not in kinds:
+        return 0, part.parameters
+    return math.ceil(LOW * smaller), int((1 - GAP * math.sqrt(smaller / larger)) * part.parameters)
+
+
+def trained_bytes(job: Job, target: Target) -> int:
+    """What a training keeps for a target: its state under way, its result, and what the plan has of it."""
+    bytes_of: int = job.allocator.trained_bytes(target, *units_of(target.parts[0], job.decomposers[target.name].kinds))
+    return bytes_of
+
+
+def kept_statistics(jobs: Sequence[Job], names: set[str] | None = None) -> Mapping[Any, int]:
+    """Statistics that candidates still read after their block is gone: one an input or, of gradients, a weight.
+
+    names: of these targets (default all).
+    """
+    found: dict[Any, int] = {}
+    for job in jobs:
+        for target in job.targets:
+            if names is None or target.name in names:
+                found |= statistics_of(job, target, "keeps")
+    return found
+
+
+def statistics_of(job: Job, target: Target, which: str) -> dict[Any, int]:
+    """Bytes of what a target's decomposer `needs` or `keeps`, by place and statistic, each in a file of its own."""
+    return {
+        (part.module if s.where == "gradient" else part.input, s): _statistic_bytes(s, part) + HEADER
+        for part in target.parts
+        for s in getattr(job.decomposers[target.name], which)
+    }
+
+
+def _statistic_bytes(statistic: Any, part: Part) -> int:
+    """Of its sums; those that start without rows get one for each output."""
+    sums = statistic.start(part.in_features, torch.device("meta")).values()
+    return sum((t.numel() or part.out_features * part.in_features) * t.element_size() for t in sums)
+
+
+# --- memory ---
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What decides the memory of a run; stored: bytes of a number in the checkpoint."""
+
+    model: PreTrainedModel
+    structure: Structure
+    recipe: Recipe
+    jobs: Sequence[Job]
+    sequences: int
+    length: int
+    stored: int
+
+    @property
+    def size(self) -> int:
+        """Bytes of a number as computed in."""
+        return self.model.dtype.itemsize
+
+    @property
+    def embedding(self) -> Tensor:
+        """The matrix of the input embedding."""
+        weight = self.model.get_input_embeddings().weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
+    def tokens(self) -> int:
+        """Of a batch."""
+        return min(self.recipe.calibrate.batch, self.sequences) * self.length
+
+    @property
+    def hidden_states(self) -> int:
+        """Bytes of the states of all batches between two blocks."""
+        return self.embedding.shape[1] * self.sequences * self.length * self.size
+
+    @property
+    def batch_state(self) -> int:
+        """Bytes of the states of a batch."""
+        return self.embedding.shape[1] * self.tokens * self.size
+
+    @property
+    def measured(self) -> bool:
+        """Whether any statistic is."""
+        return any(d.needs for job in self.jobs for d in [*job.decomposers.values(), job.allocator])
+
+    @property
+    def resident(self) -> bool:
+        """Whether statistics need gradients, so the whole model."""
+        return any(s.needs_gradient for job in self.jobs for d in job.decomposers.values() for s in d.needs)
+
+    def parts(self) -> Iterator[Part]:
+        """The matrices of all targets that are decomposed."""
+        return (part for job in self.jobs for target in job.targets for part in target.parts)
+
+
+def moments(setting: Setting, hidden: int | None = None) -> dict[str, Causes]:
+    """Bytes by cause at the moments that can be the fullest, each named by its stage and what is done then.
+
+    hidden: bytes of hidden states in memory (default all). What is imported is not counted.
+    """
+    found: dict[str, Causes] = {}
+    if setting.measured and setting.resident:
+        found["calibrate: backwards"] = _backwards(setting)
+    elif setting.measured:
+        found |= _streamed(setting, setting.hidden_states if hidden is None else hidden)
+    held = {k: v for k, v in found.get("calibrate: forwards", {}).items() if k != "activations"}
+    if setting.measured and setting.resident:
+        held = {k: v for k, v in found["calibrate: backwards"].items() if k != "activations"}
+    found["decompose"] = {**held, "factorisation": max(_workspace(part, setting.stored) for part in setting.parts())}
+    whole = sum(p.numel() for p in setting.model.parameters()) * setting.size
+    spectra = sum(16 * min(part.out_features, part.in_features) for part in setting.parts())
+    found["allocate"] = {"spectra": spectra}
+    if any(job.allocator.learns for job in setting.jobs):
+        found["allocate"] |= {"model": whole, **_training(setting)}
+    elif any(job.allocator.sees == "model" for job in setting.jobs):  # the model, and what is put into it
+        found["allocate"] |= {"model": 2 * whole, "activations": _activations(setting)}
+    found["write"] = {"spectra": spectra, "tensors": max(_written(setting))}
+    return {name: {**causes, "heap": HEAP} for name, causes in found.items()}
+
+
+def stages(setting: Setting, hidden: int | None = None) -> dict[str, Causes]:
+    """Bytes by cause at the fullest moment of each stage."""
+    found: dict[str, Causes] = {}
+    for name, causes in moments(setting, hidden).items():
+        stage = name.partition(":")[0]
+        if sum(causes.values()) > sum(found.get(stage, {}).values()):
+            found[stage] = causes
+    return found
+
+
+def room(setting: Setting, limit: int) -> int:
+    """Bytes of hidden states that fit into memory beside all else, below the limit.
+
+    Raises RecipeError where the limit is below what the run needs with all of them in files.
+    """
+    # of the rest one batch enters a block while another leaves it
+    least = min(2 * setting.batch_state, setting.hidden_states)
+    at_least = stages(setting, least)
+    stage, causes = max(at_least.items(), key=lambda item: sum(item[1].values()))
+    needed = sum(causes.values())
+    if needed > limit:
+        parts = ", ".join(f"{name.replace('_', ' ')} {shown(size)}" for name, size in causes.items() if size)
+        raise RecipeError(
+            f"memory {shown(limit)} is too little: this run needs {shown(needed)} beside its imports, to {stage} "
+            f"({parts}); a smaller calibrate.batch needs less where activations are large"
+        )
+    beside = [sum(c.values()) for c in moments(setting, least).values() if "hidden_states" in c]
+    return limit - max(beside, default=limit)
+
+
+def _streamed(setting: Setting, hidden: int) -> dict[str, Causes]:
+    """A block at a time: while states enter, while a block is read, and while it runs."""
+    block = setting.model.get_submodule(setting.structure.block(0))
+    weights = sum(p.numel() for p in block.parameters())
+    # as stored and as computed in, for a moment; the very bytes where these are the same
+    copied = setting.stored if setting.stored != setting.size else 0
+    compressed = weights * setting.size if setting.recipe.calibrate.sequential else 0
+    states = {"hidden_states": hidden}
+    return {
+        "calibrate: entering": {**states, "embedding": setting.embedding.numel() * (setting.size + copied)},
+        "calibrate: reading": {**states, "block_weights": weights * (setting.size + copied) + compressed},
+        "calibrate: forwards": {
+            **states, "block_weights": weights * setting.size + compressed, "statistics": _of_a_block(setting),
+            "activations": _activations(setting),
+        },
+    }  # fmt: skip
+
+
+def _of_a_block(setting: Setting) -> int:
+    """The statistics of the block that has most."""
+    found: dict[int, dict[Any, int]] = {}
+    for job in setting.jobs:
+        for target in job.targets:
+            found.setdefault(target.blocks[-1], {}).update(statistics_of(job, target, "needs"))
+    return max((sum(of_block.values()) for of_block in found.values()), default=0)
+
+
+def _activations(setting: Setting) -> int:
+    """Of a batch at the widest input: a copy in float64, for sums, beside two of such width and four of the stream."""
+    widest = max(part.in_features for t in setting.structure.of_block(0) for part in t.parts)
+    return setting.tokens * (8 * widest + 2 * setting.size * widest + 4 * setting.size * setting.embedding.shape[1])
+
+
+def _backwards(setting: Setting) -> Causes:
+    """The model, all statistics, and of one sequence what every matrix read and gave, and three arrays of logits."""
+    kept: dict[Any, int] = {}
+    for job in setting.jobs:
+        for target in job.targets:
+            kept |= statistics_of(job, target, "needs")
+    sides = sum(p.in_features + p.out_features for t in setting.structure.targets for p in t.parts)
+    return {
+        "model": sum(p.numel() for p in setting.model.parameters()) * setting.size,
+        "statistics": sum(kept.values()),
+        "activations": setting.length * setting.size * (sides + 3 * setting.embedding.shape[0]),
+    }
+
+
+def _training(setting: Setting) -> Causes:
+    """What a training holds beside the model: factors in the place of matrices, and a batch on its way back.
+
+    Of every matrix its input, output and coordinates in its directions; of the logits about ten arrays: those of both
+    models, what the loss makes of them, and gradients. Entries have values and places, and the matrix that they make.
+    """
+    size, factors, sides = setting.size, 0, 0
+    for job in setting.jobs:
+        for target in job.targets if job.allocator.learns else ():
+            for part in target.parts:
+                m, n = part.out_features, part.in_features
+                directions, entries = units_of(part, job.decomposers[target.name].kinds)
+                factors += size * (m + n) * directions - size * m * n
+                factors += (size + 8) * entries + (size * m * n if entries else 0)
+                sides += m + n + directions
+    logits = 10 * setting.embedding.shape[0]
+    return {"factors": max(0, factors), "training": setting.tokens * size * (sides + logits)}
+
+
+def _workspace(part: Part, stored: int) -> int:
+    """The weight as stored; in float64 it and its product with the metric, the matrix, its vectors, LAPACK's two."""
+    smaller = min(part.out_features, part.in_features)
+    return stored * part.parameters + 8 * (3 * part.parameters + 5 * smaller**2)
+
+
+def _written(setting: Setting) -> Iterator[int]:
+    """Tensors alive while one is written: a copied one, or factors in float32 and what they are cut from.
+
+    Pivots are found in float64, from the product of the factors.
+    """
+    yield setting.embedding.numel() * (setting.stored + 1)
+    for job in setting.jobs:
+        for target in job.targets:
+            for part in target.parts:
+                rank = budget.largest_rank(job.format, part)
+                factors = rank * (part.out_features + part.in_features)
+                dense = part.parameters * (setting.stored + 4)
+                yield dense + (8 * factors if job.format == "low_rank" else 8 * (3 * part.parameters + 2 * factors))
