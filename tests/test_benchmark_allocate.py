@@ -53,6 +53,7 @@ def test_column_search_counts_every_error_asked_for_but_the_known_one() -> None:
     assert all(3 <= count <= 12 and count == int(count) for count in case.values)
 
 
+@pytest.mark.slow
 def test_what_is_measured_makes_a_result_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"BLOCKS": 1, "WIDTH": 12, "SIZES": 3, "REPEATS": 1}.items():
         monkeypatch.setattr(allocate, name, value)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import math
 
+import pytest
+
 from benchmarks import memory, training
 from tests.test_benchmarks import TINY
 
 
+@pytest.mark.slow
 def test_training_is_measured_in_processes_of_their_own() -> None:
     case = training.case({**TINY, "vocab_size": 256}, (2, 16), 3, 1)
     data = json.loads(json.dumps(case.to_json()))
