@@ -75,7 +75,7 @@ class ACIP(Allocator):
     length: int | None = None
     constant: float = 0.02
     rate: float = 2e-4
-    adapter_rate: float = 2e-3
+    adapter_rate: float = 2e-4
     penalty: float = 0.01
     growth: float = 1.01
     every: int = 2
