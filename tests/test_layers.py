@@ -20,8 +20,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("calibrate", "learn", "measure.evaluate", "measure.speed"),
     ("methods", "finetune"),
     (
-        "recipe", "jobs", "stored", "needs", "lean", "run", "second", "planning", "timing", "pipeline", "estimate",
-        "tuning",
+        "recipe", "jobs", "stored", "needs", "lean", "run", "second", "towards", "planning", "timing", "pipeline",
+        "estimate", "tuning",
     ),
     ("measure.compare", "measure.plot", "measure.apart", "measure.zero_shot", "measure.report"),
     ("cli", "commands", "__main__", "__init__"),

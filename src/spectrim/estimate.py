@@ -19,6 +19,7 @@ from spectrim.model.files import resolve
 from spectrim.pipeline import DEFAULT_LENGTH, compute_dtype
 from spectrim.recipe import Recipe
 from spectrim.timing import predicted
+from spectrim.towards import TRIED
 
 
 @dataclass(frozen=True)
@@ -132,13 +133,16 @@ def states_bytes(setting: needs.Setting) -> int:
 def work_bytes(setting: needs.Setting, later: bool) -> int:
     """Bytes that stay in the work directory: candidates, what they keep, trainings.
 
-    later: some group is allocated after its candidates are made. A second pass makes candidates again.
+    later: some group is allocated after its candidates are made. A second pass makes candidates again, and one towards
+    the dense model keeps the matrices that it decomposes in the place of the weights; so does each share that is tried.
     """
-    jobs = setting.jobs
-    passes = 1 + (setting.recipe.calibrate.sequential and later)
+    jobs, asked = setting.jobs, setting.recipe.calibrate
+    second = asked.sequential and (TRIED if asked.target == "mix" and asked.mix == "auto" else 1)
+    passes = (later or not asked.sequential) + second
+    instead = second * 4 * sum(part.parameters for part in setting.parts()) if asked.paired else 0
     candidates = sum(needs.stored_bytes(job, target) for job in jobs for target in job.targets)
     trained = sum(needs.trained_bytes(job, target) for job in jobs for target in job.targets if job.allocator.learns)
-    return passes * (candidates + sum(needs.kept_statistics(jobs).values())) + trained
+    return passes * (candidates + sum(needs.kept_statistics(jobs).values())) + instead + trained
 
 
 def _by_stage(setting: needs.Setting, stages: Mapping[str, Any], disk: Mapping[str, int]) -> dict[str, int]:

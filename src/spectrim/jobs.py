@@ -14,7 +14,7 @@ from spectrim.core import budget
 from spectrim.core.plan import Plan, Target
 from spectrim.core.registry import Problem
 from spectrim.model.targets import Structure
-from spectrim.recipe import Group, Recipe, RecipeError
+from spectrim.recipe import Calibrate, Group, Recipe, RecipeError
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def plan_jobs(asked: Recipe, structure: Structure) -> list[Job]:
                 )
         decomposers = asked.decomposers(group, members)
         for target in members:
-            _check(decomposers[target.name], target, asked.calibrate.sequential)
+            _check(decomposers[target.name], target, asked.calibrate)
             reason = allocator.refuses(decomposers[target.name])
             if reason:
                 raise RecipeError(f"group {group.match!r}, {target.name}: {reason}")
@@ -58,17 +58,17 @@ def plan_jobs(asked: Recipe, structure: Structure) -> list[Job]:
     return jobs
 
 
-def _check(decomposer: Any, target: Target, sequential: bool) -> None:
+def _check(decomposer: Any, target: Target, calibrate: Calibrate) -> None:
     """Raise RecipeError for a decomposer that cannot work on a target, or not in a second pass."""
     name = type(decomposer).__name__
     if decomposer.whole != budget.is_ffn(target):
         works = "FFNs as wholes (match: ffn)" if decomposer.whole else "single matrices"
         raise RecipeError(f"{name} works on {works}; {target.name} has the role {target.role!r}")
     gradient = [statistic for statistic in decomposer.needs if statistic.needs_gradient]
-    if sequential and gradient:
+    if calibrate.sequential and not calibrate.paired and gradient:
         raise RecipeError(
             f"{name} needs {gradient[0]}, of the whole model: it cannot run with calibrate.sequential, which goes "
-            "through the model block by block"
+            "through the model block by block, but where it aims at the dense model's outputs (calibrate.target: mix)"
         )
 
 

@@ -149,19 +149,25 @@ class Setting:
         return min(self.recipe.calibrate.batch, self.sequences) * self.length
 
     @property
+    def streams(self) -> int:
+        """How many models the hidden states are of: in a second pass towards the dense one, both."""
+        return 2 if self.recipe.calibrate.paired else 1
+
+    @property
     def hidden_states(self) -> int:
         """Bytes of the states of all batches between two blocks."""
-        return self.embedding.shape[1] * self.sequences * self.length * self.size
+        return self.streams * self.embedding.shape[1] * self.sequences * self.length * self.size
 
     @property
     def batch_state(self) -> int:
         """Bytes of the states of a batch."""
-        return self.embedding.shape[1] * self.tokens * self.size
+        return self.streams * self.embedding.shape[1] * self.tokens * self.size
 
     @property
     def measured(self) -> bool:
         """Whether any statistic is."""
-        return any(d.needs for job in self.jobs for d in [*job.decomposers.values(), job.allocator])
+        methods = [d for job in self.jobs for d in [*job.decomposers.values(), job.allocator]]
+        return self.recipe.calibrate.paired or any(method.needs for method in methods)
 
     @property
     def resident(self) -> bool:
@@ -240,7 +246,8 @@ def _streamed(setting: Setting, hidden: int) -> dict[str, Causes]:
         "calibrate: entering": {**states, "embedding": setting.embedding.numel() * (setting.size + copied)},
         "calibrate: reading": {**states, "block_weights": weights * (setting.size + copied) + compressed},
         "calibrate: forwards": {
-            **states, "block_weights": weights * setting.size + compressed, "statistics": _of_a_block(setting),
+            **states, "block_weights": weights * setting.size + compressed,
+            "statistics": max(_of_a_block(setting), _of_a_step(setting) if setting.recipe.calibrate.paired else 0),
             "activations": _activations(setting),
         },
     }  # fmt: skip
@@ -253,6 +260,21 @@ def _of_a_block(setting: Setting) -> int:
         for target in job.targets:
             found.setdefault(target.blocks[-1], {}).update(statistics_of(job, target, "needs"))
     return max((sum(of_block.values()) for of_block in found.values()), default=0)
+
+
+def _of_a_step(setting: Setting) -> int:
+    """What the second pass towards the dense model holds of the largest matrix' step, in float64.
+
+    Its Gram, that with a ridge and its factor; of each matrix of the step what is aimed at on its inputs, and of one of
+    them the weight, what it misses, and what is decomposed in its place.
+    """
+    found: dict[str, list[Part]] = {}
+    for part in setting.parts():
+        found.setdefault(part.input, []).append(part)
+    return max(
+        8 * (3 * parts[0].in_features ** 2 + sum(p.parameters for p in parts) + 3 * max(p.parameters for p in parts))
+        for parts in found.values()
+    )
 
 
 def _activations(setting: Setting) -> int:

@@ -186,6 +186,7 @@ def _windows(
     """The calibration tokens, or None when nothing is measured. Raises ValueError when text is needed and missing."""
     wanted = {repr(n) for job in jobs for d in [*job.decomposers.values(), job.allocator] for n in d.needs}
     wanted |= {"deviations of the model" for job in jobs if job.allocator.sees == "model"}
+    wanted |= {"the dense model's outputs"} if asked.calibrate.paired else set()
     if not wanted:
         return None
     longest = max_positions(model)

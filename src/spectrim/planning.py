@@ -14,17 +14,20 @@ from spectrim.core.plan import Candidate, Plan, Target
 from spectrim.jobs import Job, allocate
 from spectrim.model.checkpoint import Checkpoint
 from spectrim.model.live import Installed
-from spectrim.run import Run, named
+from spectrim.run import Run, named, text_hash
 from spectrim.second import second_pass
 from spectrim.stored import StoreSlot
+from spectrim.towards import pass_towards_dense
 
 
 def planned(run: Run, early: Sequence[Plan | None]) -> tuple[Plan, dict[str, Candidate]]:
     """The whole plan, and the candidates to cut to it; `early` are the plans made of shapes alone, by job."""
     ready = [plan for plan in early if plan is not None]
     sequential = run.asked.calibrate.sequential
-    if sequential and len(ready) == len(early):
-        plan, candidates = second_pass(run, plans.merge(ready))
+    # statistics of gradients come from the first pass
+    gradients = any(s.where == "gradient" for d in run.decomposers.values() for s in d.needs)
+    if sequential and len(ready) == len(early) and not gradients and run.accept is None:
+        plan, candidates = _again(run, plans.merge(ready), None)
     else:
         candidates = run.candidates()
         with run.timings.stage("allocate"):
@@ -35,7 +38,7 @@ def planned(run: Run, early: Sequence[Plan | None]) -> tuple[Plan, dict[str, Can
         candidates |= {name: replace(candidates[name], learned=made) for name, made in merged.learned.items()}
         plan = _settled(run, merged, candidates)
         if sequential:
-            plan, candidates = second_pass(run, plan)
+            plan, candidates = _again(run, plan, candidates)
     plan = replace(plan, notes=(*run.structure.notes, *plan.notes))
     key = {"recipe": run.asked.model_dump(), "weights": run.fingerprint, "text": run.data}
     run.store.save_json("plan", key, plan.to_json())
@@ -43,6 +46,10 @@ def planned(run: Run, early: Sequence[Plan | None]) -> tuple[Plan, dict[str, Can
         learned = {f"{target}.{name}": t for target, made in plan.learned.items() for name, t in made.items()}
         run.store.save("plan", key, learned)
     return plan, candidates
+
+
+def _again(run: Run, plan: Plan, first: dict[str, Candidate] | None) -> tuple[Plan, dict[str, Candidate]]:
+    return pass_towards_dense(run, plan, first) if run.asked.calibrate.paired else second_pass(run, plan)
 
 
 def _allocate(run: Run, job: Job, candidates: Mapping[str, Candidate], live: _Lazily) -> Plan:
@@ -74,10 +81,11 @@ def _itemsize(run: Run, of: Sequence[Target]) -> int:
 
 
 def _live(run: Run, candidates: Mapping[str, Candidate]) -> Installed:
-    assert run.windows is not None
+    windows = run.windows if run.select is None else run.select
+    assert windows is not None
     model = run.source.whole(run.device)
     model.eval()
-    return Installed(model, run.structure, candidates, run.windows, run.asked.calibrate.batch)
+    return Installed(model, run.structure, candidates, windows, run.asked.calibrate.batch)
 
 
 def _upstream(run: Run, job: Job) -> dict[str, Any]:
@@ -87,7 +95,8 @@ def _upstream(run: Run, job: Job) -> dict[str, Any]:
             {**run.key(target), "method": run.decomposers[target.name].first_like}
             for target in sorted(job.targets, key=lambda t: t.name)
         ],
-        "text": run.data, "dtype": str(run.source.model.dtype), "allocator": named(job.allocator),
+        "text": run.data if run.select is None else text_hash(run.select), "dtype": str(run.source.model.dtype),
+        "allocator": named(job.allocator),
     }  # fmt: skip
 
 

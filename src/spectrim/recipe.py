@@ -9,7 +9,7 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -34,6 +34,26 @@ class Calibrate(_Strict):
     seed: int = Field(0, ge=0, description="of the choice of windows")
     batch: int = Field(8, gt=0, description="windows run at once")
     sequential: bool = Field(False, description="decompose each block from inputs that the compressed ones before gave")
+    target: Literal["own", "dense", "mix"] = Field(
+        "own", description="in that pass, outputs aimed at: the matrix's own, the dense model's, or a mix of both"
+    )
+    mix: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = Field(
+        0.5, description="share of the dense model's outputs in the mix; auto: the best on the windows of `select`"
+    )
+    residual_aware: bool = Field(True, description="aim o and down at the dense residual stream, not at their own part")
+    ridge: float = Field(1e-3, gt=0, description="of the fit to these outputs, as a share of the inputs' mean energy")
+    select: float = Field(0.0, ge=0, lt=1, description="share of the windows kept from statistics, to choose on")
+    accept: float = Field(0.0, ge=0, lt=1, description="share kept from all that, to check the second pass on")
+
+    def shared_out(self, windows: int) -> tuple[int, int, int]:
+        """How many of the windows are for statistics, for choices and for acceptance, in this order."""
+        select, accept = round(self.select * windows), round(self.accept * windows)
+        return windows - select - accept, select, accept
+
+    @property
+    def paired(self) -> bool:
+        """Whether the second pass runs the dense model beside the compressed one."""
+        return self.sequential and self.target != "own"
 
 
 class Method(BaseModel):

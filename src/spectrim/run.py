@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from spectrim.calibrate.collect import BlockStatistics, Wanted
+from spectrim.calibrate.paired import Paired
 from spectrim.calibrate.resident import resident
 from spectrim.calibrate.states import InFiles, InMemory
 from spectrim.calibrate.streamed import streamed
@@ -28,10 +29,12 @@ from spectrim.jobs import Job
 from spectrim.model import targets
 from spectrim.model.blocks import Batch
 from spectrim.model.checkpoint import Weights
-from spectrim.recipe import Recipe
+from spectrim.recipe import Calibrate, Recipe, RecipeError
 from spectrim.stored import packed, unpacked_units
 
 logger = logging.getLogger(__name__)
+
+Windows = Int[Tensor, "_ length"]
 
 NOTHING = BlockStatistics({}, {}, {})
 
@@ -72,7 +75,9 @@ class Run:
         fingerprint: str | None = None,
     ):
         self.source, self.structure, self.asked, self.jobs = source, structure, asked, jobs
-        self.windows, self.device, self.store = windows, device, store
+        self.device, self.store = device, store
+        # of statistics; what allocators run the model on and shares are chosen on; what accepts the second pass
+        self.windows, self.select, self.accept = shared_out(windows, asked.calibrate)
         self.timings, self.progress, self.dtype = timings, progress, dtype
         with timings.stage("fingerprint"):
             self.fingerprint = source.fingerprint() if fingerprint is None else fingerprint
@@ -80,7 +85,7 @@ class Run:
         self.room: int | None = None
         # targets whose factors are not stored
         self.lean: frozenset[str] = frozenset()
-        self.data = None if windows is None else hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest()
+        self.data = text_hash(self.windows)
         self.decomposers = {name: d for job in jobs for name, d in job.decomposers.items()}
         self.formats = {target.name: job.format for job in jobs for target in job.targets}
         self.targets = [target for job in jobs for target in job.targets]
@@ -90,8 +95,9 @@ class Run:
     def key(self, target: Target, upstream: str | None = None) -> dict[str, Any]:
         """What made a candidate: not the ratio, nor the allocator, but for the plan of the blocks before it."""
         decomposer = self.decomposers[target.name]
-        measured = {"text": self.data, "dtype": str(self.source.model.dtype)} if decomposer.needs else {}
-        if upstream is not None and decomposer.needs:
+        again = upstream is not None and self.asked.calibrate.paired
+        measured = {"text": self.data, "dtype": str(self.source.model.dtype)} if decomposer.needs or again else {}
+        if upstream is not None and measured:
             measured["upstream"] = upstream
         if target.name in self.complete:
             measured["complete"] = "yes"
@@ -101,7 +107,8 @@ class Run:
         }  # fmt: skip
 
     def statistic_key(self, place: str, statistic: Any, upstream: str | None = None) -> dict[str, Any]:
-        after = {} if upstream is None else {"upstream": upstream}
+        # gradients are always those of the original model
+        after = {} if upstream is None or statistic.where == "gradient" else {"upstream": upstream}
         return {
             "weights": self.fingerprint, "text": self.data, "place": place,
             "statistic": repr(statistic), "dtype": str(self.source.model.dtype), **after,
@@ -110,11 +117,19 @@ class Run:
     def has(self, target: Target, upstream: str | None = None) -> bool:
         """Whether the store has a candidate with all that it reads, or its spectrum and what its factors come from."""
         key, decomposer = self.key(target, upstream), self.decomposers[target.name]
+        if upstream is not None and self.asked.calibrate.paired and not self.store.has("instead", key):
+            return False
         if self.store.has("candidate", key):
-            return self._kept(target, decomposer.keeps, upstream)
+            return self._kept(target, self.keeps(target), upstream)
         if target.name in self.reread or not self.store.has("spectrum", key):
             return False
         return self._kept(target, decomposer.needs, upstream)
+
+    def keeps(self, target: Target) -> tuple[Any, ...]:
+        """Statistics of a target that are stored: those that its candidate or the second pass reads again."""
+        decomposer = self.decomposers[target.name]
+        again = [s for s in decomposer.needs if s.where == "gradient"] if self.asked.calibrate.paired else []
+        return tuple(dict.fromkeys([*decomposer.keeps, *again]))
 
     def _kept(self, target: Target, of: Sequence[Any], upstream: str | None) -> bool:
         keys = [self.statistic_key(_place(part, s), s, upstream) for part in target.parts for s in of]
@@ -151,6 +166,11 @@ class Run:
         self.count_once()
         self.forget_states()
         return {target.name: self.stored(target) for target in self.targets}
+
+    def inside(self, plan: Plan) -> list[list[Target]]:
+        """The targets that a plan has choices for, by the block that they end in."""
+        chosen = [target for target in self.targets if target.name in plan.choices]
+        return [[t for t in chosen if t.blocks[-1] == index] for index in range(self.structure.count)]
 
     def count_once(self) -> None:
         """Decomposition runs inside the calibration's loop."""
@@ -194,6 +214,27 @@ class Run:
         model = self.source.whole(self.device)
         return resident(model, self.structure, batches, wanted, self.progress)
 
+    def paired(
+        self,
+        installed: dict[str, nn.Module],
+        upstream: Callable[[int], str | None] | None = None,
+        windows: Windows | None = None,
+    ) -> Paired:
+        """The dense stream and the compressed one, which runs through the modules of `installed`.
+
+        upstream: what the compressed states entering a block come from, where they are to be found again; windows:
+        instead of those of statistics.
+        """
+        windows = self.windows if windows is None else windows
+        assert windows is not None
+        asked, files = self.asked.calibrate, upstream is not None and self.room is not None
+        batches = [Batch(ids) for ids in windows.split(asked.batch)]
+        of_dense, of_compressed = (self._files(each) if files else InMemory() for each in (None, upstream))
+        return Paired(
+            self.source, self.structure, batches, self.device, of_dense, of_compressed, asked.residual_aware,
+            self.progress, installed,
+        )  # fmt: skip
+
     def _files(self, upstream: Callable[[int], str | None] | None) -> InFiles:
         """Hidden states in the store, those of the second pass under what they come from."""
         made = {
@@ -207,7 +248,8 @@ class Run:
             before = upstream(block)
             return None if before is None else {**made, "upstream": before}
 
-        return InFiles(self.store, key, self.room or 0)
+        streams = 2 if self.asked.calibrate.paired else 1
+        return InFiles(self.store, key, (self.room or 0) // streams)
 
     def forget_states(self, upstream: Callable[[int], str | None] | None = None) -> None:
         """Remove hidden states that a run left that was killed at its last block."""
@@ -216,16 +258,27 @@ class Run:
             for block in range(self.structure.count):
                 self._files(upstream).finished(block, batches)
 
-    def decompose(self, target: Target, measured: BlockStatistics, upstream: str | None = None) -> None:
-        """Make a candidate and store it, with the statistics that it is read with."""
+    def decompose(
+        self,
+        target: Target,
+        measured: BlockStatistics,
+        upstream: str | None = None,
+        instead: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Make a candidate and store it, with the statistics that it is read with.
+
+        instead: by module, matrices that are decomposed in the place of the original ones; stored too.
+        """
         start = time.perf_counter()
         with self.timings.stage("decompose"):
             decomposer, lean = self.decomposers[target.name], target.name in self.lean
-            weights = {module: w.to(self.device) for module, w in self._weights(target).items()}
+            if instead is not None:
+                self.store.save("instead", self.key(target, upstream), instead)
+            weights = {module: w.to(self.device) for module, w in self.weights(target, upstream).items()}
             stats = measured.of(target)
             candidate = decomposer.decompose(target, weights, stats)
             for part in target.parts:
-                for statistic in decomposer.needs if lean else decomposer.keeps:
+                for statistic in decomposer.needs if lean else self.keeps(target):
                     key = self.statistic_key(_place(part, statistic), statistic, upstream)
                     if not self.store.has("statistics", key):
                         self.store.save("statistics", key, {"value": stats[part.module][statistic]})
@@ -249,9 +302,13 @@ class Run:
             module: {s: value.to(self.device) for s, value in of_part.items()}
             for module, of_part in self._measured(target, decomposer.needs, upstream).items()
         }
-        weights = {module: w.to(self.device) for module, w in self._weights(target).items()}
+        weights = {module: w.to(self.device) for module, w in self.weights(target, upstream).items()}
         made = packed(decomposer.decompose(target, weights, stats), self._kept_format(target))
         return {name: tensor.detach().cpu().contiguous() for name, tensor in made.items()}
+
+    def gradients(self, part: Part, of: Sequence[Any]) -> dict[Any, Tensor]:
+        """Stored statistics of gradients at a part."""
+        return {s: self.store.load("statistics", self.statistic_key(part.module, s))["value"] for s in of}
 
     def _measured(self, target: Target, of: Sequence[Any], upstream: str | None) -> dict[str, dict[Any, Tensor]]:
         """Stored statistics of a target, by module."""
@@ -262,8 +319,10 @@ class Run:
             for part in target.parts
         }
 
-    def _weights(self, target: Target) -> dict[str, Tensor]:
-        """The dense matrices of a target, out × in, by module."""
+    def weights(self, target: Target, upstream: str | None = None) -> dict[str, Tensor]:
+        """The dense matrices of a target, out × in, by module, or those decomposed in their place."""
+        if upstream is not None and self.asked.calibrate.paired:
+            return self.store.load("instead", self.key(target, upstream))
         return {
             part.module: targets.oriented(
                 self.source.model.get_submodule(part.module), self.source.read(f"{part.module}.weight")
@@ -281,7 +340,7 @@ class Run:
             return self._made_again(target, upstream) if lean else self.store.load("candidate", key)
 
         candidate: Candidate = decomposer.restore(
-            target, units, tensors, lambda: self._weights(target),
+            target, units, tensors, lambda: self.weights(target, upstream),
             lambda: self._measured(target, decomposer.keeps, upstream),
         )  # fmt: skip
         if not any(of_kind.kind == "rank" for of_kind in units):
@@ -307,6 +366,25 @@ class Run:
         )
         assert spent <= plan.spent, (spent, plan.spent)
         return replace(plan, choices=choices, spent=spent)
+
+
+def shared_out(windows: Windows | None, calibrate: Calibrate) -> tuple[Windows | None, Windows | None, Windows | None]:
+    """The windows of statistics, choices and acceptance. Raises RecipeError where none is left for statistics."""
+    if windows is None:
+        return None, None, None
+    sizes = calibrate.shared_out(len(windows))
+    if sizes[0] < 1:
+        raise RecipeError(
+            f"calibrate.select {calibrate.select} and calibrate.accept {calibrate.accept} leave none of "
+            f"{len(windows)} windows for statistics"
+        )
+    fit, select, accept = windows.split(sizes)
+    return fit, select if len(select) else None, accept if len(accept) else None
+
+
+def text_hash(windows: Windows | None) -> str | None:
+    """What tells calibration tokens from others in a key."""
+    return None if windows is None else hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest()
 
 
 def _place(part: Part, statistic: Any) -> str:

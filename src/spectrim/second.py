@@ -36,10 +36,7 @@ def second_pass(run: Run, plan: Plan) -> tuple[Plan, dict[str, Candidate]]:
 
     Inside a block all statistics are those of the dense block. What the store has is only run, not made again.
     """
-    inside = [
-        [t for t in run.targets if t.blocks[-1] == index and t.name in plan.choices]
-        for index in range(run.structure.count)
-    ]
+    inside = run.inside(plan)
     chain = _Chain()
     done = 0
     while done < len(inside) and all(run.has(t, chain.upstream) for t in inside[done]):

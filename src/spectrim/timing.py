@@ -134,14 +134,18 @@ def _speeds(folder: Path) -> tuple[float, float]:
 def _extrapolated(
     run: Run, setting: Setting, taken: _Taken, hashing: float, writing: float, plan: Plan | None
 ) -> dict[str, float | None]:
-    """Of one block, all blocks; of one batch, all batches; of one target of a kind, all of that kind."""
+    """Of one block, all blocks; of one batch, all batches; of one target of a kind, all of that kind.
+
+    A second pass towards the dense model runs each stream through a block once, and as far as each step: twice in all.
+    """
     count, sequential, later = setting.structure.count, setting.recipe.calibrate.sequential, plan is None
     batches = -(-setting.sequences // min(setting.recipe.calibrate.batch, setting.sequences))
-    walks = (2 if sequential else 0) + (1 if later or not sequential else 0)
+    second = (4 if setting.recipe.calibrate.paired else 2) if sequential else 0
+    first = 1 if later or not sequential else 0
     last = max((t.blocks[-1] for t in run.targets), default=count - 1) + 1
     if any(job.allocator.needs for job in run.jobs):
         last = count
-    calibrate = last * (max(1, walks - sequential) * taken.reading + walks * batches * taken.batch)
+    calibrate = last * ((first + sequential) * taken.reading + (first + second) * batches * taken.batch)
     passes = 1 + (sequential and later)
     stored = sum(p.numel() for p in run.source.model.parameters()) * setting.stored
     kept = sum(job.budget for job in run.jobs) - sum(t.parameters for t in run.targets)

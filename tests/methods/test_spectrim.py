@@ -22,7 +22,7 @@ from spectrim.core import budget, registry
 from spectrim.core.linalg import damped, directions, shrunk, two_sided
 from spectrim.core.plan import Candidate, Choice, Part, Plan, Target
 from spectrim.core.registry import Problem
-from spectrim.methods.measured import MeasuredCurve
+from spectrim.methods.measured import MeasuredCurve, _Rounds, scaled
 from spectrim.methods.spectrim import TwoSidedSVD
 from spectrim.model import targets
 from spectrim.model.blocks import Batch, share_inputs
@@ -167,18 +167,61 @@ def curves(trial: Trial) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("point", ["target", "tenth"])
-def test_the_scale_is_the_measured_kl_over_the_predicted_loss(trial: Trial, point: Any) -> None:
+def test_what_is_measured_is_the_kl_of_a_matrix_alone(trial: Trial, point: Any) -> None:
     method, asked = MeasuredCurve(trial=3, length=10, point=point), trial.problem(0.3)
-    scales, notes = method.scales(asked, {name: curve.double() for name, curve in curves(trial).items()})
-    assert notes == () and scales.keys() == trial.candidates.keys()
+    rounds = _Rounds(method, asked)
+    rounds.measure({target.name: method.trial_rank(asked, target) for target in trial.targets})
+    assert rounds.notes == [] and rounds.points.keys() == trial.candidates.keys()
     for target in trial.targets:
         (part,) = target.parts
         m, n = part.out_features, part.in_features
         plain = max(1, (m * n - 1) // (m + n) // 10)
         rank = budget.rank_within("pivot", part, m * n * asked.budget // asked.dense) if point == "target" else plain
         assert method.trial_rank(asked, target) == rank
-        expected = trial.kl(target.name, rank, IDS[-3:, :10]) / float(curves(trial)[target.name][rank])
-        assert scales[target.name] == pytest.approx(expected, rel=2e-3)
+        expected = trial.kl(target.name, rank, IDS[-3:, :10])
+        assert rounds.points[target.name] == {rank: pytest.approx(expected, rel=2e-3)}
+
+
+def test_curves_go_through_what_was_measured() -> None:
+    curve = torch.tensor([64.0, 32, 16, 8, 4, 2, 1, 0.5, 0], dtype=torch.float64)
+    assert torch.equal(scaled(curve, {}), curve)
+    torch.testing.assert_close(scaled(curve, {4: 8.0}), 2 * curve)
+    found = scaled(curve, {6: 1.0, 2: 256.0})
+    assert found[6] == pytest.approx(1) and found[2] == pytest.approx(256)
+    # the factor goes from 1 to 16 in even steps of its logarithm
+    assert found.tolist() == pytest.approx([1024, 512, 256, 64, 16, 4, 1, 0.5, 0])
+    # a measurement that would make a lower rank the better one
+    found = scaled(curve, {6: 1.0, 5: 0.1})
+    assert found.tolist() == pytest.approx([3.2, 1.6, 1, 1, 1, 1, 1, 0.5, 0]) and bool((found.diff() <= 0).all())
+    inf = float("inf")
+    assert scaled(curve, {3: inf}).tolist() == [inf] * 9
+    assert scaled(curve, {3: inf, 5: 4.0}).tolist() == pytest.approx([inf, inf, inf, inf, 8, 4, 2, 1, 0])
+    # nothing measurable is not nothing: another round may find more at a lower rank
+    assert 0 < float(scaled(curve, {4: 0.0})[4]) < 1e-8
+    assert torch.equal(scaled(torch.zeros(4), {}), torch.zeros(4))
+
+
+def test_planned_ranks_are_measured_and_the_best_plan_on_the_whole_model_is_taken(trial: Trial) -> None:
+    def loss(plan: Plan) -> float:
+        with torch.no_grad():
+            dense = trial.model(IDS[-3:]).logits.double().log_softmax(-1)
+            with trial.live.installed(plan):
+                other = trial.model(IDS[-3:]).logits.double().log_softmax(-1)
+        return float((dense.exp() * (dense - other)).sum(-1).mean())
+
+    found = []
+    for ratio in (0.2, 0.4, 0.6):
+        asked = trial.problem(ratio)
+        by_rounds = [MeasuredCurve(trial=3, rounds=rounds).allocate(asked) for rounds in (0, 1, 3)]
+        losses = [loss(plan) for plan in by_rounds]
+        assert losses[2] <= losses[1] * (1 + 1e-6) <= losses[0] * (1 + 1e-6), losses
+        rounds = _Rounds(MeasuredCurve(trial=3, rounds=1), asked)
+        first, plan = by_rounds[0], rounds.best()
+        assert plan == by_rounds[1]
+        for name, choice in first.choices.items():
+            assert choice.counts["rank"] in rounds.points[name]
+        found.append(losses[0] - losses[2])
+    assert max(found) > 0, "a later round is better somewhere"
 
 
 @FORMATS
@@ -187,9 +230,13 @@ def test_no_plan_has_a_smaller_predicted_loss(format: str) -> None:
     some = [target for target in whole.targets if target.role in ("q", "k", "down")][:3]
     whole.targets = some
     asked = whole.problem(0.4)
-    method = MeasuredCurve(trial=2, gap=0.0)
+    method = MeasuredCurve(trial=2, gap=0.0, rounds=0)
     plan = method.allocate(asked)
-    scales, _ = method.scales(asked, {name: each.double() for name, each in curves(whole).items()})
+    rounds = _Rounds(method, asked)
+    rounds.measure({target.name: method.trial_rank(asked, target) for target in some})
+    scales = {
+        name: loss / float(curves(whole)[name][r]) for name, at in rounds.points.items() for r, loss in at.items()
+    }
     options = []
     for target in some:
         ladder = method.ladder(asked, target)
@@ -222,7 +269,7 @@ def test_without_measuring_the_plan_needs_no_model_and_takes_curves_as_they_are(
 
 
 def test_measurements_are_remembered_by_matrix_and_rank(trial: Trial) -> None:
-    memory, method = Remembered(), MeasuredCurve(trial=2)
+    memory, method = Remembered(), MeasuredCurve(trial=2, rounds=0)
     first = method.allocate(trial.problem(0.3, remember=memory))
     assert len(memory.stored) == len(trial.targets)
     trial.built.clear()
@@ -235,7 +282,7 @@ def test_measurements_are_remembered_by_matrix_and_rank(trial: Trial) -> None:
 
 
 def test_a_killed_run_goes_on(trial: Trial) -> None:
-    memory, method = Remembered(), MeasuredCurve(trial=2)
+    memory, method = Remembered(), MeasuredCurve(trial=2, rounds=0)
     seen: list[tuple[str, int, int]] = []
 
     def stop(stage: str, done: int, total: int) -> None:
@@ -250,6 +297,10 @@ def test_a_killed_run_goes_on(trial: Trial) -> None:
     plan = method.allocate(trial.problem(0.3, remember=memory))
     assert len(trial.built) == len(trial.targets) - 4
     assert plan == method.allocate(trial.problem(0.3))
+    rounds = MeasuredCurve(trial=2, rounds=2)
+    whole = rounds.allocate(trial.problem(0.3, remember=memory))
+    trial.built.clear()
+    assert rounds.allocate(trial.problem(0.3, remember=memory)) == whole and trial.built == []
 
 
 @FORMATS
@@ -298,7 +349,7 @@ def test_a_matrix_without_energy_is_cut_first_and_one_of_low_rank_is_measured_wh
         trial.candidates[target.name] = replace(candidate, units=(units,))
     asked = trial.problem(0.3)
     trial.built.clear()
-    plan = MeasuredCurve(trial=1).allocate(asked)
+    plan = MeasuredCurve(trial=1, rounds=0).allocate(asked)
     assert zero.name not in dict(trial.built) and dict(trial.built)[low.name] == 2
     assert plan.choices[zero.name].counts["rank"] <= 3 and plan.choices[low.name].counts["rank"] <= 6
 

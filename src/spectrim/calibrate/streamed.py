@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +42,7 @@ def streamed(
     states, total = states or InMemory(), max(needed) + 1
     first = states.first(len(batches), min(needed))
     with without_dropout(weights.model):
-        calls = _enter(weights, structure, batches, device, states if first == 0 else None)
+        calls = enter(weights, structure, batches, device, partial(states.put, 0) if first == 0 else None)
     for index in range(first, total):
         prefix = structure.block(index)
         heap.give_back()
@@ -86,7 +87,7 @@ class _Walk:
             for i, (batch, call) in enumerate(zip(self.batches, self.calls, strict=True)):
                 if collector is not None:
                     collector.mask, collector.sequences = batch.mask, len(batch.ids)
-                output = blocks.run(block, self.states.get(self.index, i).to(self.device), _moved(call, self.device))
+                output = blocks.run(block, self.states.get(self.index, i).to(self.device), moved(call, self.device))
                 if not torch.isfinite(output).all():
                     raise ValueError(
                         f"{self.prefix} gives values that are not finite on batch {i}: calibration stopped"
@@ -111,10 +112,17 @@ def _put_back(model: nn.Module, prefix: str, before: Mapping[str, nn.Module]) ->
             model.set_submodule(f"{prefix}.{name}", module)
 
 
-def _enter(
-    weights: Weights, structure: Structure, batches: Sequence[Batch], device: torch.device, states: States | None
+def enter(
+    weights: Weights,
+    structure: Structure,
+    batches: Sequence[Batch],
+    device: torch.device,
+    keep: Callable[[int, Tensor], None] | None,
 ) -> list[list[Call]]:
-    """The calls of every block, by batch; what is outside the blocks is freed again. states: gets those of block 0."""
+    """The calls of every block, by batch; what is outside the blocks is freed again.
+
+    keep: is given the number of each batch and its state entering block 0.
+    """
     loaded = weights.load_outside(structure.blocks, device)
     calls: list[list[Call]] = []
     for i, batch in enumerate(batches):
@@ -122,14 +130,16 @@ def _enter(
         state, found = blocks.record(weights.model, structure, moved)
         if not torch.isfinite(state).all():
             raise ValueError("the embedding gives values that are not finite: calibration stopped")
-        if states is not None:
-            states.put(0, i, state)
+        if keep is not None:
+            keep(i, state)
         calls.append(blocks.deduplicated(found, calls[0] if calls else None))
     weights.release_names(loaded)
     return calls
 
 
-def _moved(call: Call, device: torch.device) -> Call:
+def moved(call: Call, device: torch.device) -> Call:
+    """The same call with its tensors on a device."""
+
     def move(leaf: object) -> object:
         return leaf.to(device) if isinstance(leaf, Tensor) else leaf
 

@@ -265,6 +265,34 @@ def energies_without(
     return torch.linalg.eigvalsh(product).flip(0).clamp_min(0)
 
 
+def pulled(
+    weight: Float[Tensor, "out in"],
+    gram: Float[Tensor, "in in"],
+    cross: Float[Tensor, "out in"],
+    share: float,
+    ridge: float,
+) -> Float[Tensor, "out in"]:
+    """W* = W + share · (C − W G)(G + λ I)⁻¹, float64, λ = ridge · mean of G's diagonal.
+
+    With G = Σ x xᵀ and C = Σ t xᵀ it minimises Σ‖y − W* x‖² + λ ‖W* − W‖², y = share · t + (1 − share) · W x. At λ = 0
+
+        Σ‖y − W′ x‖² = Σ‖y − W* x‖² + tr((W* − W′) G (W* − W′)ᵀ)
+
+    for every W′: the best one of rank r is that of W* in the metric G. W where G is 0. Source: own derivation.
+    """
+    weight, gram = weight.double(), gram.double()
+    size = float(gram.diagonal().mean())
+    if not size > 0:
+        return weight.clone()
+    held = gram.clone()
+    held.diagonal().add_(ridge * size)
+    missed = cross.to(weight) - weight @ gram
+    factor, failed = torch.linalg.cholesky_ex(held)
+    if int(failed) == 0:
+        return weight + share * torch.cholesky_solve(missed.T, factor).T
+    return weight + share * (missed @ pseudo_inverse(held, 1e-12))
+
+
 def complement(chosen: Int[Tensor, "c"], size: int) -> Int[Tensor, "rest"]:
     """The indices below `size` that are not chosen, ascending."""
     free = torch.ones(size, dtype=torch.bool, device=chosen.device)

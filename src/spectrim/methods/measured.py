@@ -1,26 +1,30 @@
-"""Allocation by predicted curves, each scaled by one measurement: our own recipe's, after LEMS (arXiv 2610.32878).
+"""Allocation by predicted curves, each scaled by measurements: our own recipe's, after LEMS (arXiv 2610.32878).
 
-Of matrix k the spectrum predicts what a rank loses up to a factor, and one measurement on the model gives the factor:
+Of matrix k the spectrum predicts what a rank loses up to a factor, and measurements on the model give the factor:
 
-    D_k(r) = ½ Σ_{i ≥ r} σ_i²,      s_k = KL(dense ‖ model with k alone at rank r⁰_k) / D_k(r⁰_k).
+    D_k(r) = ½ Σ_{i ≥ r} σ_i²,      s_k(r) = KL(dense ‖ model with k alone at rank r) / D_k(r),      first at r = r⁰_k.
 
 The plan then solves, over every rank smaller than dense, and dense itself at no loss,
 
     minimise Σ_k s_k D_k(r_k)   subject to   Σ_k parameters_k(r_k) ≤ budget
 
-exactly (`spend.knapsack`), and spends what is left step by step. r⁰_k is by `point`:
+exactly (`spend.knapsack`), and spends what is left step by step. Where the planned rank is far from r⁰_k it rests on
+the shape of the curve alone. So in each of `rounds` further rounds every matrix is measured at its planned rank too,
+and the plan is made again: log s_k is linear in log D_k between measured ranks, constant beyond them, and no lower rank
+loses less. Of all plans so made the one of least measured KL of the whole model is taken. r⁰_k is by `point`:
 
 - target: the rank of k at the ratio of the whole, where the curve is used. Our own decision;
 - tenth: a tenth of the break-even rank ⌊(mn − 1) / (m + n)⌋ of plain factors, as LEMS measures.
 
 KL is the mean over tokens of the next-token distributions' on the last `trial` calibration windows, sums in float64. A
-KL that is not finite is an infinite cost: the matrix stays dense, and a note says so. r⁰_k is lowered to where at least
-a millionth of the energy is lost, as nothing is to be measured beyond (a matrix of lower rank). `scale: none` takes all
-s_k = 1 and runs no model: that is for spectra in nats a token (`two_sided_svd`).
+KL that is not finite is an infinite cost of all lower ranks, and of all where no other is known; a note says so. Ranks
+are measured no higher than where a millionth of the energy is lost, as nothing is to be seen beyond (a matrix of lower
+rank). `scale: none` takes all s_k = 1 and runs no model: that is for spectra in nats a token (`two_sided_svd`).
 
-Costs, for N blocks and n matrices: about n (N + 1) / 2 block passes over the trial windows and n of the head, at one
-rank of each matrix, for a run starts at the block of its matrix. Memory: two states a window beside the model. Every
-measurement is remembered by matrix and rank, so another ratio measures only ranks that are new.
+Costs, for N blocks and n matrices, a round: about n (N + 1) / 2 block passes over the trial windows and n of the head,
+at one rank of each matrix, for a run starts at the block of its matrix; then one pass of the whole model. Memory: two
+states a window beside the model, and the compressed modules. Every measurement is remembered by matrix and rank, so
+another ratio measures only ranks that are new.
 Left out of LEMS: its weights by depth and their search, the floor of 0.3 of break-even, labels' losses.
 """
 
@@ -32,6 +36,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -46,6 +51,9 @@ logger = logging.getLogger(__name__)
 
 SMALL = 512  # matrices with a smaller side below this may get any rank
 KNOWN = 1e-6  # the least share of a matrix's energy whose loss is measured
+FLOOR = 1e-9  # nats a token that a measured loss counts as at least: below it is rounding
+
+Points = dict[int, float]  # KL of a matrix alone at measured ranks
 
 
 @dataclass(frozen=True)
@@ -62,21 +70,23 @@ class MeasuredCurve(Allocator):
     """The ranks of least total predicted loss, the prediction for each matrix scaled by one measurement.
 
     trial and length: how many of the last calibration windows are run, and how far (None: whole); point: at which rank;
-    multiple: of which ranks are, in matrices with both sides 512 or more; least: rank that every matrix keeps; gap: see
-    `knapsack`.
+    rounds: how often matrices are measured again, at the ranks then planned; multiple: of which ranks are, in matrices
+    with both sides 512 or more; least: rank that every matrix keeps; gap: see `knapsack`.
     """
 
     trial: int = 32
     length: int | None = None
     scale: Literal["measured", "none"] = "measured"
     point: Literal["target", "tenth"] = "target"
+    rounds: int = 2
     multiple: int = 8
     least: int = 1
     gap: float = 1e-4
     needs: ClassVar[tuple[()]] = ()
 
     def __post_init__(self) -> None:
-        for name, value, lowest in (("trial", self.trial, 1), ("multiple", self.multiple, 1), ("least", self.least, 0)):
+        counts = {"trial": (self.trial, 1), "multiple": (self.multiple, 1), "least": (self.least, 0)}
+        for name, (value, lowest) in {**counts, "rounds": (self.rounds, 0)}.items():
             if value < lowest:
                 raise ValueError(f"{name} is {value}: give at least {lowest}")
         if self.length is not None and self.length < 2:
@@ -114,20 +124,7 @@ class MeasuredCurve(Allocator):
         if problem.budget >= problem.dense:
             return Plan({}, problem.budget, problem.dense)
         self.check(problem)
-        targets = sorted(problem.targets, key=lambda t: t.name)
-        ladders = [self.ladder(problem, target) for target in targets]
-        curves = {target.name: _curve(problem, target) for target in targets}
-        scales, notes = self.scales(problem, curves)
-        losses = [
-            _losses(curves[target.name], ladder, scales[target.name])
-            for target, ladder in zip(targets, ladders, strict=True)
-        ]
-        possible = sum(int(ladder.costs[lost.isfinite()].min()) for ladder, lost in zip(ladders, losses, strict=True))
-        _refuse(problem, possible, "what stays dense, as its KL is not finite, with the least ranks of the others")
-        picked = knapsack([ladder.costs for ladder in ladders], losses, problem.budget, self.gap)
-        picked = _filled(ladders, losses, picked, problem.budget)
-        sizes = {t.name: (*each.ranks, None)[i] for t, each, i in zip(targets, ladders, picked, strict=True)}
-        return replace(rank_plan(targets, sizes, problem.format, problem.budget, problem.fixed), notes=notes)
+        return _Rounds(self, problem).best()
 
     def ladder(self, problem: Problem, target: Target) -> Ladder:
         """The sizes that a matrix may have; dense alone where no rank is smaller."""
@@ -147,44 +144,114 @@ class MeasuredCurve(Allocator):
             return rank_within(problem.format, part, min(share, part.parameters - 1) - fixed)
         return max(1, (part.parameters - 1) // (part.out_features + part.in_features) // 10)
 
-    def scales(
-        self, problem: Problem, curves: Mapping[str, Float[Tensor, "_"]]
-    ) -> tuple[dict[str, float], tuple[str, ...]]:
-        """s by target, and notes on those that are infinite; 0 for a matrix without energy, whose loss is none."""
-        if self.scale == "none":
-            return dict.fromkeys(curves, 1.0), ()
-        assert problem.live is not None
-        meter = Meter(problem.live, "kl", {}, self.trial, self.length, last=True)
-        found, notes = {}, []
-        ordered = sorted(problem.targets, key=lambda t: (min(t.blocks), t.name))
-        for done, target in enumerate(ordered, 1):
-            curve = curves[target.name]
-            found[target.name] = 0.0
-            if float(curve[0]) > 0:
-                last = int((curve > KNOWN * curve[0]).nonzero().max())
-                rank = min(self.trial_rank(problem, target), last)
-                lost = self._measured(problem, meter, target, rank)
-                found[target.name] = lost / float(curve[rank]) if math.isfinite(lost) else math.inf
-                logger.debug("%s at rank %d: KL %.4g, predicted %.4g", target.name, rank, lost, float(curve[rank]))
-                if not math.isfinite(lost):
-                    notes.append(f"{target.name}: the KL at rank {rank} alone is {lost}; it stays dense")
-                    logger.warning(notes[-1])
-            problem.progress("measure", done, len(ordered))
-        return found, tuple(notes)
 
-    def _measured(self, problem: Problem, meter: Meter, target: Target, rank: int) -> float:
+class _Rounds:
+    """Measurements and plans by turns; points: of each matrix the losses measured so far."""
+
+    def __init__(self, method: MeasuredCurve, problem: Problem):
+        self.method, self.problem = method, problem
+        self.targets = sorted(problem.targets, key=lambda t: t.name)
+        self.ladders = {target.name: method.ladder(problem, target) for target in self.targets}
+        self.curves = {target.name: _curve(problem, target) for target in self.targets}
+        self.points: dict[str, Points] = {target.name: {} for target in self.targets}
+        self.notes: list[str] = []
+        if method.scale == "measured":
+            assert problem.live is not None
+            self.meter = Meter(problem.live, "kl", {}, method.trial, method.length, last=True)
+
+    def best(self) -> Plan:
+        """The plan of least measured loss, of those that the rounds come to; the only one where nothing is measured."""
+        if self.method.scale == "none":
+            return self.solved()
+        self.measure({target.name: self.method.trial_rank(self.problem, target) for target in self.targets})
+        plans = [self.solved()]
+        for _ in range(self.method.rounds):
+            found = self.points_wanted(plans[-1])
+            if not found:
+                break
+            self.measure(found)
+            plans.append(self.solved())
+        if len(plans) == 1:
+            return plans[0]
+        losses = [self.whole(plan) for plan in plans]
+        logger.info("measured_curve: KL by round %s", ", ".join(f"{loss:.4g}" for loss in losses))
+        # a loss that is not a number is none that could be the least
+        place = min(range(len(plans)), key=lambda i: (math.isnan(losses[i]), losses[i]))
+        return replace(plans[place], notes=tuple(self.notes))
+
+    def points_wanted(self, plan: Plan) -> dict[str, int]:
+        """Planned ranks that were not measured yet."""
+        ranks = {name: self.lowered(name, choice.counts["rank"]) for name, choice in plan.choices.items()}
+        return {name: rank for name, rank in ranks.items() if rank is not None and rank not in self.points[name]}
+
+    def lowered(self, name: str, rank: int) -> int | None:
+        """The rank, or the largest below it where something is lost; None for a matrix without energy."""
+        curve = self.curves[name]
+        return min(rank, int((curve > KNOWN * curve[0]).nonzero().max())) if float(curve[0]) > 0 else None
+
+    def measure(self, ranks: Mapping[str, int]) -> None:
+        """KL of matrices alone, each at its rank; a note on one that is not finite."""
+        ordered = sorted((t for t in self.targets if t.name in ranks), key=lambda t: (min(t.blocks), t.name))
+        for done, target in enumerate(ordered, 1):
+            rank = self.lowered(target.name, ranks[target.name])
+            if rank is not None and rank not in self.points[target.name]:
+                lost = self.alone(target, rank)
+                self.points[target.name][rank] = lost if math.isfinite(lost) else math.inf
+                predicted = float(self.curves[target.name][rank])
+                logger.debug("%s at rank %d: KL %.4g, predicted %.4g", target.name, rank, lost, predicted)
+                if not math.isfinite(lost):
+                    self.notes.append(f"{target.name}: the KL at rank {rank} alone is {lost}; {_without(rank)}")
+                    logger.warning(self.notes[-1])
+            self.problem.progress("measure", done, len(ordered))
+
+    def alone(self, target: Target, rank: int) -> float:
         """KL(dense ‖ the model with one matrix at a rank), nats a token; remembered."""
+        problem, method = self.problem, self.method
         assert problem.candidates is not None
         candidate, fixed = problem.candidates[target.name], problem.fixed.get(target.name, 0)
         choice = candidate.first(fixed + rank_cost(problem.format, single(target), rank))
 
         def make() -> dict[str, Tensor]:
-            return {"values": torch.tensor(meter.of_target(target, [choice]), dtype=torch.float64)}
+            return {"values": torch.tensor(self.meter.of_target(target, [choice]), dtype=torch.float64)}
 
-        fields = {"target": target.name, "rank": rank, "trial": self.trial, "length": self.length}
+        fields = {"target": target.name, "rank": rank, "trial": method.trial, "length": method.length}
         value = float(problem.remember("measured", fields, make)["values"])
         # what is rounding below 0 is nothing lost; max() would let a NaN through on one side only
         return 0.0 if value < 0 else value
+
+    def whole(self, plan: Plan) -> float:
+        """KL(dense ‖ the model with a plan), nats a token; remembered."""
+        problem, method = self.problem, self.method
+        assert problem.live is not None
+        live, base = problem.live, dict(plan.choices)
+
+        def make() -> dict[str, Tensor]:
+            meter = Meter(live, "kl", base, method.trial, method.length, last=True)
+            return {"values": torch.tensor([meter.of_base()], dtype=torch.float64)}
+
+        ranks = {name: choice.counts["rank"] for name, choice in sorted(base.items())}
+        fields = {"ranks": ranks, "trial": method.trial, "length": method.length}
+        return float(problem.remember("measured", fields, make)["values"])
+
+    def solved(self) -> Plan:
+        """The plan of least total loss by what is known now."""
+        problem, targets = self.problem, self.targets
+        ladders = [self.ladders[target.name] for target in targets]
+        losses = [
+            _losses(scaled(self.curves[target.name], self.points[target.name]), ladder)
+            for target, ladder in zip(targets, ladders, strict=True)
+        ]
+        possible = sum(int(ladder.costs[lost.isfinite()].min()) for ladder, lost in zip(ladders, losses, strict=True))
+        _refuse(problem, possible, "what stays dense, as its KL is not finite, with the least ranks of the others")
+        picked = knapsack([ladder.costs for ladder in ladders], losses, problem.budget, self.method.gap)
+        picked = _filled(ladders, losses, picked, problem.budget)
+        sizes = {t.name: (*each.ranks, None)[i] for t, each, i in zip(targets, ladders, picked, strict=True)}
+        plan = rank_plan(targets, sizes, problem.format, problem.budget, problem.fixed)
+        return replace(plan, notes=tuple(self.notes))
+
+
+def _without(rank: int) -> str:
+    return f"it keeps more than rank {rank}, or stays dense"
 
 
 def _refuse(problem: Problem, lowest: int, what: str) -> None:
@@ -211,12 +278,32 @@ def _curve(problem: Problem, target: Target) -> Float[Tensor, "_"]:
     return energies.flip(0).cumsum(0).flip(0)
 
 
-def _losses(curve: Float[Tensor, "_"], ladder: Ladder, scale: float) -> Float[Tensor, "sizes"]:
-    """s D at every size; dense loses nothing, and is all that an infinite scale leaves."""
-    lost = curve.new_zeros(len(ladder.costs))
-    if ladder.ranks:
-        lost[:-1] = curve[list(ladder.ranks)] * scale if math.isfinite(scale) else math.inf
-    return lost
+def scaled(curve: Float[Tensor, "_"], points: Mapping[int, float]) -> Float[Tensor, "_"]:
+    """Losses at every rank: the predicted ones times what they were off by at the measured ranks.
+
+    The factor's logarithm is linear in that of the prediction between points, constant beyond them; without any it is
+    1. A loss that is not finite holds for all lower ranks, and for all where no other is known. Never rising with rank.
+    """
+    finite = {rank: max(loss, FLOOR) for rank, loss in points.items() if math.isfinite(loss)}
+    if not points or not float(curve[0]) > 0:
+        return curve
+    if not finite:
+        return torch.full_like(curve, math.inf)
+    ranks = sorted(finite, key=lambda rank: float(curve[rank]))
+    places = [math.log(float(curve[rank])) for rank in ranks]
+    factors = [math.log(finite[rank]) - place for rank, place in zip(ranks, places, strict=True)]
+    known = curve > 0
+    lost = torch.zeros_like(curve)
+    lost[known] = curve[known] * torch.from_numpy(np.interp(curve[known].log().numpy(), places, factors)).exp()
+    for rank, loss in points.items():
+        if not math.isfinite(loss):
+            lost[: rank + 1] = math.inf
+    return lost.flip(0).cummax(0).values.flip(0)
+
+
+def _losses(lost: Float[Tensor, "_"], ladder: Ladder) -> Float[Tensor, "sizes"]:
+    """Those of every size; dense loses nothing."""
+    return torch.cat([lost[list(ladder.ranks)], lost.new_zeros(1)])
 
 
 def _filled(

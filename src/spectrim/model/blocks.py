@@ -130,14 +130,17 @@ def finish(
     structure: Structure,
     ids: Int[Tensor, "batch length"],
     state: Float[Tensor, "batch length hidden"],
+    tupled: bool | None = None,
 ) -> Float[Tensor, "batch length vocabulary"]:
     """The logits from the state leaving the last block: the model's own forward pass with blocks that only hand it on.
 
     Each stands for its block in the kind of answer too, a tensor or a tuple: callers do not take the one for the other.
+    tupled: which one, where it is known; else the first block, which must be loaded then, is run on a token to see it.
     """
     originals = list(model.get_submodule(structure.blocks).children())
-    with torch.no_grad():
-        tupled = _answers_tuple(model, structure, ids[:1, :1])
+    if tupled is None:
+        with torch.no_grad():
+            tupled = _answers_tuple(model, structure, ids[:1, :1])
     with _replaced(model, structure.blocks, [_Injector(block, state, tupled) for block in originals]):
         logits: Tensor = model(input_ids=ids, use_cache=False).logits
     return logits

@@ -1,0 +1,339 @@
+"""Two streams through the model, block by block: the dense one, and one through what has been compressed so far.
+
+Inside a block the targets are met in steps, those that read one input together, in the order in which the block defines
+them: q, k and v, then o, then gate and up, then down. For a step both streams run through the block as far as its
+modules; the compressed one gives the inputs x′, the dense one the outputs that the modules are to have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from spectrim.calibrate.collect import BlockStatistics, Collector, Wanted, without_dropout
+from spectrim.calibrate.states import States
+from spectrim.calibrate.statistics import Statistic
+from spectrim.calibrate.streamed import enter, moved
+from spectrim.core import heap
+from spectrim.core.plan import Target
+from spectrim.core.progress import Progress, silent
+from spectrim.model import blocks
+from spectrim.model.blocks import Batch, Call
+from spectrim.model.checkpoint import Weights
+from spectrim.model.targets import Structure
+
+# Roles whose output is added to the residual stream.
+ADDED = ("o", "down")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of one step: statistics of the compressed stream, and by module Σ t x′ᵀ, out × in, float64.
+
+    t is what the dense stream says the module's output should be, without its bias.
+    """
+
+    statistics: BlockStatistics
+    crosses: Mapping[str, Float[Tensor, "out in"]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """Targets of one block that are compressed at once; `measure` runs both streams, if what it gives is wanted.
+
+    last: of the block's steps.
+    """
+
+    block: int
+    last: bool
+    targets: tuple[Target, ...]
+    measure: Callable[[Mapping[Target, tuple[Statistic, ...]]], Measured]
+
+
+class _Enough(Exception):
+    """Raised in a block when all that a step watches has been seen."""
+
+
+@dataclass
+class Paired:
+    """Both streams. installed: modules that the compressed one runs through, by name; the caller adds to it.
+
+    residual: the outputs wanted of `o` and `down` are those that give the dense residual stream, whatever the
+    compressed one has lost before them.
+    """
+
+    weights: Weights
+    structure: Structure
+    batches: Sequence[Batch]
+    device: torch.device
+    dense: States
+    compressed: States
+    residual: bool = True
+    progress: Progress = silent
+    installed: dict[str, nn.Module] = field(default_factory=dict)
+    tupled: bool = False
+
+    def steps(self, inside: Sequence[Sequence[Target]], through: bool = False) -> Iterator[Step]:
+        """The steps of each block up to the last that has targets, from the one that both streams' states go on from.
+
+        inside: the targets by block; through: both streams run on to the end of the last block. Raises ValueError where
+        a block gives values that are not finite, and for a residual stream that `o` and `down` do not add up to.
+        """
+        count = len(self.batches)
+        last = len(inside) - 1 if through else max(index for index, targets in enumerate(inside) if targets)
+        first = min(self.dense.first(count, last), self.compressed.first(count, last))
+        with without_dropout(self.weights.model):
+            calls = enter(self.weights, self.structure, self.batches, self.device, None if first else self._enter)
+        for index in range(first, last + 1):
+            heap.give_back()
+            prefix = self.structure.block(index)
+            self.weights.load(prefix, self.device)
+            block = _Block(self, index, prefix, [call[index] for call in calls])
+            if self.residual and inside[index]:
+                block.check()
+            if through and index == first:
+                self.tupled = block.answers_tuple()
+            steps = steps_of(inside[index])
+            for place, step in enumerate(steps, 1):
+                yield Step(index, place == len(steps), step, block.measuring(step))
+            if index < last or through:
+                block.advance()
+            own = {name: module for name, module in self.installed.items() if name.startswith(f"{prefix}.")}
+            for name in own:
+                del self.installed[name]
+            self.weights.release(prefix)
+            for states in (self.dense, self.compressed):
+                states.finished(index, count)
+            self.progress("calibrate", index + 1, last + 1)
+
+    @torch.no_grad()
+    def divergence(self) -> float:
+        """KL(dense ‖ compressed) of next-token distributions, nats a token, once both streams ran to the end."""
+        model, count = self.weights.model, self.structure.count
+        loaded = self.weights.load_outside(self.structure.blocks, self.device)
+        head = next((n for n, m in model.named_modules() if m is model.get_output_embeddings()), None)
+        if head is not None:
+            self.weights.load(head, self.device)
+        lost, tokens = torch.zeros((), dtype=torch.float64), 0
+        for i, batch in enumerate(self.batches):
+            states = [stream.get(count, i).to(self.device) for stream in (self.dense, self.compressed)]
+            for place, ids in enumerate(batch.ids):  # the vocabulary is wide: one sequence at a time
+                known, found = (
+                    blocks.finish(
+                        model, self.structure, ids[None].to(self.device), state[place : place + 1], self.tupled
+                    ).float().log_softmax(-1)
+                    for state in states
+                )  # fmt: skip
+                each = (known.exp() * (known - found)).sum(-1)[0]
+                real = each if batch.mask is None else each[batch.mask[place].to(each.device)]
+                lost += real.sum(dtype=torch.float64).cpu()
+                tokens += len(real)
+        self.weights.release_names(loaded)
+        if head is not None:
+            self.weights.release(head)
+        return float(lost) / tokens
+
+    def _enter(self, batch: int, state: Tensor) -> None:
+        """Both streams begin alike."""
+        self.dense.put(0, batch, state)
+        self.compressed.put(0, batch, state.clone())
+
+
+def steps_of(targets: Sequence[Target]) -> list[tuple[Target, ...]]:
+    """The targets of a block by step."""
+    return [tuple(members) for _, members in groupby(targets, lambda t: tuple(part.input for part in t.parts))]
+
+
+@dataclass(frozen=True)
+class _Block:
+    """One loaded block."""
+
+    of: Paired
+    index: int
+    prefix: str
+    calls: Sequence[Call]
+
+    @property
+    def model(self) -> nn.Module:
+        return self.of.weights.model
+
+    @contextmanager
+    def _compressed(self) -> Iterator[None]:
+        """The block with its installed modules in it."""
+        before = {name: self.model.get_submodule(name) for name in self.of.installed if name.startswith(self.prefix)}
+        try:
+            for name in before:
+                self.model.set_submodule(name, self.of.installed[name])
+            yield
+        finally:
+            for name, module in before.items():
+                self.model.set_submodule(name, module)
+
+    def _run(self, states: States, i: int, known: Tensor | None = None) -> Tensor:
+        state = states.get(self.index, i).to(self.of.device) if known is None else known
+        return blocks.run(self.model.get_submodule(self.prefix), state, moved(self.calls[i], self.of.device))
+
+    @torch.no_grad()
+    def answers_tuple(self) -> bool:
+        """What kind of answer the model expects of its blocks."""
+        call, state = moved(self.calls[0], self.of.device), self.of.dense.get(self.index, 0).to(self.of.device)
+        with without_dropout(self.model):
+            return isinstance(self.model.get_submodule(self.prefix)(state, *call.args, **call.kwargs), (tuple, list))
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Both streams through the whole block."""
+        with without_dropout(self.model):
+            for i in range(len(self.of.batches)):
+                output = self._run(self.of.dense, i)
+                self._refuse(output, i, "")
+                self.of.dense.put(self.index + 1, i, output)
+                with self._compressed():
+                    output = self._run(self.of.compressed, i)
+                self._refuse(output, i, " as compressed so far")
+                self.of.compressed.put(self.index + 1, i, output)
+                heap.give_back()
+
+    def _refuse(self, output: Tensor, batch: int, which: str) -> None:
+        if not torch.isfinite(output).all():
+            raise ValueError(
+                f"{self.prefix}{which} gives values that are not finite on batch {batch}: calibration stopped"
+            )
+
+    def _added(self) -> dict[str, str]:
+        """By role, the modules whose outputs are added to the residual stream."""
+        return {t.role: t.parts[0].module for t in self.of.structure.of_block(self.index) if t.role in ADDED}
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Raise ValueError unless the block's output is its input and what `o` and `down` give."""
+        added = self._added()
+        with without_dropout(self.model), _outputs(self.model, added.values()) as seen:
+            before = self.of.dense.get(self.index, 0).to(self.of.device)
+            after = self._run(self.of.dense, 0, before)
+        found = before + sum(seen[module].reshape(before.shape) for module in added.values())
+        if set(added) != set(ADDED) or (found - after).norm() > 1e-2 * (after - before).norm():
+            raise ValueError(
+                f"{self.prefix}: the outputs of {' and '.join(ADDED)} do not add up to its own, as in "
+                "post-norm blocks: set calibrate.residual_aware to false"
+            )
+
+    def measuring(self, targets: Sequence[Target]) -> Callable[[Mapping[Target, tuple[Statistic, ...]]], Measured]:
+        """What `Step.measure` is."""
+        return lambda wanted: self._measure(targets, wanted)
+
+    @torch.no_grad()
+    def _measure(self, targets: Sequence[Target], wanted: Mapping[Target, tuple[Statistic, ...]]) -> Measured:
+        of, structure = self.of, self.of.structure
+        collector = Collector(self.model, self.prefix, structure.of_block(self.index), Wanted(wanted), of.device)
+        crosses = _Crosses(self, targets)
+        with without_dropout(self.model):
+            for i, batch in enumerate(of.batches):
+                crosses.dense(i, batch)
+                collector.mask, collector.sequences = batch.mask, len(batch.ids)
+                with self._compressed(), collector:
+                    crosses.compressed(i, batch)
+                collector.handles.clear()
+                heap.give_back()
+        return Measured(collector.result(), crosses.sums)
+
+
+class _Crosses:
+    """Σ t x′ᵀ of the modules of a step; batch by batch first the dense stream, then the compressed one."""
+
+    def __init__(self, block: _Block, targets: Sequence[Target]):
+        self.block = block
+        self.parts = {part.module: part for target in targets for part in target.parts}
+        self.sums = {
+            name: torch.zeros(part.out_features, part.in_features, dtype=torch.float64, device=block.of.device)
+            for name, part in self.parts.items()
+        }
+        self.added = block._added() if block.of.residual else {}
+        # those of the step's modules whose output joins the residual stream, and what is added before them
+        self.before = {"o": [], "down": [self.added["o"]]} if self.added else {}
+        self.ends = {module: self.before[role] for role, module in self.added.items() if module in self.parts}
+        self.wanted: dict[str, Tensor] = {}
+
+    def dense(self, i: int, batch: Batch) -> None:
+        """Note what the outputs should be; where they are to repair the residual stream, up to what it is there."""
+        watched = {*self.parts, *(module for before in self.ends.values() for module in before)}
+        state = self.block.of.dense.get(self.block.index, i).to(self.block.of.device)
+        with _outputs(self.block.model, watched, stop=True) as seen:
+            self._until_enough(self.block.of.dense, i, state)
+        self.wanted = {}
+        for name in self.parts:
+            wanted = seen[name]
+            if name in self.ends:
+                wanted = sum((seen[other].reshape(state.shape) for other in self.ends[name]), state) + wanted.reshape(
+                    state.shape
+                )
+            self.wanted[name] = wanted
+
+    def compressed(self, i: int, batch: Batch) -> None:
+        """Add what the batch gives."""
+        model = self.block.model
+        state = self.block.of.compressed.get(self.block.index, i).to(self.block.of.device)
+        others = {module for before in self.ends.values() for module in before}
+        with _outputs(model, others) as seen, ExitStack() as stack:
+            left = set(self.parts)
+
+            def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+                def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+                    wanted = self.wanted.pop(name)
+                    if name in self.ends:
+                        wanted = wanted - sum((seen[other].reshape(state.shape) for other in self.ends[name]), state)
+                    bias = getattr(module, "bias", None)
+                    wanted = wanted if bias is None else wanted - bias
+                    rows, inputs = _real(wanted, batch), _real(args[0], batch)
+                    self.sums[name].addmm_(rows.double().T, inputs.double())
+                    left.discard(name)
+                    if not left:
+                        raise _Enough
+
+                return hook
+
+            for name in self.parts:
+                handle = model.get_submodule(name).register_forward_hook(watch(name))
+                stack.callback(handle.remove)
+            self._until_enough(self.block.of.compressed, i, state)
+
+    def _until_enough(self, states: States, i: int, state: Tensor) -> None:
+        try:
+            self.block._run(states, i, state)
+        except _Enough:
+            return
+
+
+def _real(state: Tensor, batch: Batch) -> Float[Tensor, "tokens width"]:
+    """The states of real tokens, one a row."""
+    rows = state.reshape(-1, state.shape[-1])
+    return rows if batch.mask is None else rows[batch.mask.reshape(-1).to(rows.device)]
+
+
+@contextmanager
+def _outputs(model: nn.Module, names: Any, stop: bool = False) -> Iterator[dict[str, Tensor]]:
+    """The outputs of modules as they run, by name; stop: no further than all of them."""
+    seen: dict[str, Tensor] = {}
+    names = list(names)
+
+    def watch(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
+            seen[name] = output.detach().clone()  # a block may add to it in place
+            if stop and len(seen) == len(names):
+                raise _Enough
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_hook(watch(name)) for name in names]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
