@@ -16,6 +16,8 @@ from tests.families import FAMILIES
 LENGTH, SEQUENCES = 24, 16
 QUICK = ["groups.0.decompose.tolerance=0.001"]
 STEPS = ["groups.0.allocate.steps=8", "groups.0.allocate.batch=2"]
+MIX = ["calibrate.sequential=true", "calibrate.target=mix"]
+TRIAL = ["groups.0.allocate.trial=2"]
 POLICY = [f"groups.0.allocate.{setting}" for setting in ("passes=1", "batch=8", "trial=2", "checks=2")]
 
 
@@ -44,7 +46,7 @@ def asked(name: str, settings: list[str] | None = None, format: str = "plain") -
     [
         ("whitened", "plain", []), ("whitened", "pivot", ["calibrate.sequential=true"]), ("magnitude", "plain", []),
         ("duo-svd-columns", "plain", []), ("cap-greedy", "plain", QUICK), ("soco", "plain", STEPS),
-        ("cap", "plain", [*QUICK, *POLICY]),
+        ("cap", "plain", [*QUICK, *POLICY]), ("unirank", "plain", MIX), ("spectrim-onepass", "pivot", [*MIX, *TRIAL]),
     ],
 )  # fmt: skip
 def test_the_work_directory_has_about_the_size_that_was_predicted(

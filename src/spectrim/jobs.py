@@ -28,6 +28,16 @@ class Job:
     format: str
     budget: int
     fixed: Mapping[str, int]
+    paired: bool = False
+
+    def needs(self, target: Target) -> tuple[Any, ...]:
+        """Statistics that a target is decomposed with."""
+        return tuple(self.decomposers[target.name].needs)
+
+    def keeps(self, target: Target) -> tuple[Any, ...]:
+        """Those that are stored: what its candidate reads again, and gradients where a second pass does."""
+        again = [s for s in self.needs(target) if s.where == "gradient"] if self.paired else []
+        return tuple(dict.fromkeys([*self.decomposers[target.name].keeps, *again]))
 
 
 def plan_jobs(asked: Recipe, structure: Structure) -> list[Job]:
@@ -54,7 +64,8 @@ def plan_jobs(asked: Recipe, structure: Structure) -> list[Job]:
             )
         fixed = {t.name: _new_biases(t) for t in members if decomposers[t.name].adds_bias}
         allowed, format = budget.allowed(members, group.ratio), budget.RANK_FORMATS[group.format]
-        jobs.append(Job(group, tuple(members), decomposers, allocator, format, allowed, fixed))
+        paired = asked.calibrate.paired
+        jobs.append(Job(group, tuple(members), decomposers, allocator, format, allowed, fixed, paired))
     return jobs
 
 

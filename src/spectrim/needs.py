@@ -106,7 +106,7 @@ def statistics_of(job: Job, target: Target, which: str) -> dict[Any, int]:
     return {
         (part.module if s.where == "gradient" else part.input, s): _statistic_bytes(s, part) + HEADER
         for part in target.parts
-        for s in getattr(job.decomposers[target.name], which)
+        for s in getattr(job, which)(target)
     }
 
 

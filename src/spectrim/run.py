@@ -87,6 +87,7 @@ class Run:
         self.lean: frozenset[str] = frozenset()
         self.data = text_hash(self.windows)
         self.decomposers = {name: d for job in jobs for name, d in job.decomposers.items()}
+        self.kept = {target.name: job.keeps(target) for job in jobs for target in job.targets}
         self.formats = {target.name: job.format for job in jobs for target in job.targets}
         self.targets = [target for job in jobs for target in job.targets]
         self.reread = {target.name for job in jobs if job.allocator.sees == "model" for target in job.targets}
@@ -120,16 +121,10 @@ class Run:
         if upstream is not None and self.asked.calibrate.paired and not self.store.has("instead", key):
             return False
         if self.store.has("candidate", key):
-            return self._kept(target, self.keeps(target), upstream)
+            return self._kept(target, self.kept[target.name], upstream)
         if target.name in self.reread or not self.store.has("spectrum", key):
             return False
         return self._kept(target, decomposer.needs, upstream)
-
-    def keeps(self, target: Target) -> tuple[Any, ...]:
-        """Statistics of a target that are stored: those that its candidate or the second pass reads again."""
-        decomposer = self.decomposers[target.name]
-        again = [s for s in decomposer.needs if s.where == "gradient"] if self.asked.calibrate.paired else []
-        return tuple(dict.fromkeys([*decomposer.keeps, *again]))
 
     def _kept(self, target: Target, of: Sequence[Any], upstream: str | None) -> bool:
         keys = [self.statistic_key(_place(part, s), s, upstream) for part in target.parts for s in of]
@@ -278,7 +273,7 @@ class Run:
             stats = measured.of(target)
             candidate = decomposer.decompose(target, weights, stats)
             for part in target.parts:
-                for statistic in decomposer.needs if lean else self.keeps(target):
+                for statistic in decomposer.needs if lean else self.kept[target.name]:
                     key = self.statistic_key(_place(part, statistic), statistic, upstream)
                     if not self.store.has("statistics", key):
                         self.store.save("statistics", key, {"value": stats[part.module][statistic]})
