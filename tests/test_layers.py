@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "tuning",
     ),
     ("measure.compare", "measure.plot", "measure.apart", "measure.zero_shot", "measure.report"),
-    ("cli", "commands", "__main__", "__init__"),
+    ("cli", "commands", "show", "__main__", "__init__"),
 )  # fmt: skip
 # Layer 3 sees of layer 2 only these.
 SEEN_BY_METHODS = ("calibrate.statistics", "learn.gates", "learn.harden", "learn.training", "learn.tuning")
