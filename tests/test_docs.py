@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import shlex
@@ -54,6 +55,29 @@ def run_document(name: str) -> int:
             exec(compile(block, name, "exec"), module.__dict__)
             done += 1
     return done
+
+
+@pytest.mark.usefixtures("folder")
+def test_the_plan_of_a_large_model_is_what_the_page_says() -> None:
+    """From a configuration alone; every figure of the page's two last tables, and the note."""
+    page = (ROOT / "docs/large-models.md").read_text(encoding="utf-8")
+    code, shown = (
+        next(block for kind, block in BLOCK.findall(page) if kind == wanted) for wanted in ("python", "console")
+    )
+    exec(compile(code, "large-models", "exec"), {})
+    command, *lines = shown.splitlines()
+    found = CliRunner().invoke(app, [*shlex.split(command)[2:], "--json"], catch_exceptions=False)
+    said = json.loads(found.stdout)
+    table = {cells[0]: cells[1:] for cells in (re.findall(r"[^│]+", line) for line in lines if line.startswith("│"))}
+    cells = {name.strip(): [value.strip() for value in values] for name, values in table.items()}
+    assert cells["model.layers.0.self_attn.k_proj"][:2] == ["k", "1024 × 8192"]
+    assert {name: f"{count:,}" for name, count in said["parameters"].items()} == {
+        name: cells[name][0] for name in said["parameters"]
+    }
+    for name, stage in said["stages"].items():
+        sizes = [sum(stage["memory_bytes"].values()), stage["disk_bytes"]]
+        assert cells[name] == [f"{size / 1e9:.2f} GB" for size in sizes]
+    assert set(said["notes"]) <= set(lines)
 
 
 @pytest.mark.usefixtures("folder")

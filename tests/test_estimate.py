@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import resource
+import shutil
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig
 
 import spectrim
 from spectrim import recipe
@@ -117,6 +121,49 @@ def test_the_work_directory_at_its_fullest_with_hidden_states(tmp_path: Path, te
         three, asked("whitened"), text=text, out=tmp_path / "out", work=tmp_path / "work", memory="50MB", progress=look
     )
     assert guessed.stage_disk["decompose"] == pytest.approx(largest, rel=0.2)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "gpt2"])
+def test_a_configuration_is_enough(family: str, tmp_path: Path) -> None:
+    whole = save_model(FAMILIES[family].make().bfloat16(), tmp_path / "whole")
+    (bare := tmp_path / "bare").mkdir()
+    shutil.copy(whole / "config.json", bare)
+    for name in ("whitened", "soco", "fwsvd"):
+        with_weights, without = of(whole, name).to_json(), of(bare, name).to_json()
+        for found in (with_weights, without):
+            found["peak_memory_bytes"].pop("imports")
+        (note,) = set(without.pop("notes")) - set(with_weights.pop("notes"))
+        assert str(bare) in note and "no weights" in note and "bfloat16" in note
+        assert without == with_weights
+    with pytest.raises(ValueError, match=r"bare holds no weights.*Plan without --time"):
+        estimate(bare, asked("whitened"), time=True)
+
+
+def test_a_configuration_without_weights_is_of_the_size_it_says_and_holds_no_memory(tmp_path: Path) -> None:
+    """70 B parameters, of which not one is made."""
+    LlamaConfig(
+        hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8,
+        vocab_size=128256, dtype="bfloat16", architectures=["LlamaForCausalLM"],
+    ).save_pretrained(tmp_path)  # fmt: skip
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = of(tmp_path, "whitened")
+    assert found.totals["total_before"] == 70_553_706_496 and len(found.to_json()["targets"]) == 560
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 2**30
+
+
+@pytest.mark.parametrize("there", ["pytorch_model.bin", "model.safetensors.index.json", "other.safetensors"])
+def test_weights_that_are_not_whole_are_no_configuration_alone(there: str, model: Path, tmp_path: Path) -> None:
+    shutil.copy(model / "config.json", tmp_path)
+    (tmp_path / there).write_text("{}")
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
+        estimate(tmp_path, asked("whitened"))
+
+
+def test_a_configuration_that_no_model_has_is_refused(model: Path, tmp_path: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_attention_heads": 0}))
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        estimate(tmp_path, asked("svd"))
 
 
 def test_times_of_all_stages_once_a_block_was_timed(model: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,11 +21,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("calibrate", "learn", "measure.evaluate", "measure.speed"),
     ("methods", "finetune"),
     (
-        "recipe", "jobs", "stored", "needs", "lean", "run", "second", "towards", "planning", "timing", "pipeline",
-        "estimate", "tuning",
+        "recipe", "jobs", "stored", "needs", "lean", "run", "second", "towards", "planning", "timing", "finished",
+        "pipeline", "estimate", "tuning",
     ),
     ("measure.compare", "measure.plot", "measure.apart", "measure.zero_shot", "measure.report"),
-    ("cli", "commands", "__main__", "__init__"),
+    ("cli", "commands", "show", "__main__", "__init__"),
 )  # fmt: skip
 # Layer 3 sees of layer 2 only these.
 SEEN_BY_METHODS = ("calibrate.statistics", "learn.gates", "learn.harden", "learn.training", "learn.tuning")
@@ -251,6 +252,52 @@ def test_importing_the_package_is_light(module: str) -> None:
     code = f"import sys, {module}; print([n for n in ('torch', 'transformers', 'numpy') if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"
+
+
+def _imported_first(modules: list[str]) -> dict[str, str]:
+    """The error of each module that fails as the first of the package to be imported, in a process of its own each."""
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST, *modules], capture_output=True, text=True, check=True, timeout=1800
+    )
+    found: dict[str, str] = json.loads(done.stdout)
+    return found
+
+
+# forked off one process that has torch, which none of these minds, and nothing of transformers
+FIRST = """
+import importlib, json, os, sys, traceback
+import torch
+failed = {}
+for name in sys.argv[1:]:
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            importlib.import_module(name)
+            from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+            assert "spectrim" in AUTO_QUANTIZER_MAPPING, "not registered"
+        except BaseException:
+            os.write(write, traceback.format_exc()[-2000:].encode())
+        os._exit(0)
+    os.close(write)
+    said = b"".join(iter(lambda: os.read(read, 4096), b"")).decode()
+    os.close(read)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if said or code:
+        failed[name] = said or f"exit code {code}"
+print(json.dumps(failed))
+"""
+
+
+def test_the_quantizer_can_be_the_first_that_is_imported() -> None:
+    """It wakes transformers, which has our hook import it: that is itself, half done."""
+    assert _imported_first(["spectrim.model.quantizer"]) == {}
+
+
+@pytest.mark.slow
+def test_every_module_can_be_the_first_that_is_imported(known: dict[str, Path]) -> None:
+    modules = [f"spectrim.{name}".removesuffix(".__init__") for name in known if name != "__main__"]
+    assert len(modules) > 90 and _imported_first(modules) == {}
 
 
 def test_the_public_names_are_there() -> None:

@@ -1,8 +1,7 @@
-"""The command line: parses, calls, prints; no logic. Heavy imports wait until a command runs."""
+"""The command line: parses and calls; `show` prints; no logic. Heavy imports wait until a command runs."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -14,9 +13,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+
+from spectrim import show
+from spectrim.show import err_console, out_console
 
 app = typer.Typer(
     help="Make language models smaller by low-rank decomposition.",
@@ -24,8 +24,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out_console = Console()
-err_console = Console(stderr=True)
 
 Model = Annotated[str, typer.Argument(help="Model directory, hub name, or `reference` (the bundled model).")]
 Out = Annotated[Path, typer.Option("--out", help="Directory to write.")]
@@ -125,10 +123,6 @@ def _dtype(name: str | None) -> Any:
     return dtype
 
 
-def _print_json(data: Any) -> None:
-    sys.stdout.write(json.dumps(data, indent=1) + "\n")
-
-
 def _recipe(recipe: str, ratio: float | None, format: str | None, settings: list[str] | None, **calibrate: Any) -> Any:
     from spectrim import recipe as recipes
 
@@ -165,31 +159,9 @@ def compress(
             trust_remote_code=trust_remote_code, memory=memory, progress=progress,
         )  # fmt: skip
     if as_json:
-        _print_json({**result.summary, "run": result.run})
+        show.as_json({**result.summary, "run": result.run})
         return
-    _print_result(result)
-
-
-def _print_result(result: Any) -> None:
-    counts = result.summary["parameters"]
-    table = Table("", "before", "after", "removed", title=str(result.directory))
-    for name in ("targets", "total"):
-        before, after = counts[f"{name}_before"], counts[f"{name}_after"]
-        table.add_row(f"{name} (parameters)", f"{before:,}", f"{after:,}", f"{1 - after / before:.2%}")
-    out_console.print(table)
-    for note in _grouped(result.plan.notes):
-        err_console.print(note, highlight=False)
-
-
-def _grouped(notes: Any) -> list[str]:
-    """Notes with one reason a line, and how many modules it holds for; a note that stands alone as it is."""
-    reasons: dict[str, list[str]] = {}
-    for note in notes:
-        reasons.setdefault(note.partition(": ")[2], []).append(note)
-    return [
-        own[0] if len(own) == 1 else f"{reason}: {len(own)} modules, such as {own[0].partition(': ')[0]}"
-        for reason, own in reasons.items()
-    ]
+    show.result(result)
 
 
 @app.command()
@@ -214,12 +186,9 @@ def evaluate(
             model, text, window, limit, reference, speed, prompt, device, _dtype(dtype), trust_remote_code, progress
         )
     if as_json:
-        _print_json(report)
+        show.as_json(report)
         return
-    table = Table("measure", "value", title=model)
-    for name, value in report.items():
-        table.add_row(name, json.dumps(value) if isinstance(value, dict) else str(value))
-    out_console.print(table)
+    show.evaluation(model, report)
 
 
 @app.command()
@@ -259,9 +228,9 @@ def compare(
             figure=plot, trust_remote_code=trust_remote_code, progress=progress,
         )  # fmt: skip
     if as_json:
-        _print_json(found.to_json())
+        show.as_json(found.to_json())
     else:
-        _print_comparison(found.to_json(), out)
+        show.comparison(found.to_json(), out)
     if found.failed:
         err_console.print(f"{len(found.failed)} of {len(found.rows) - 1} cells failed; run again to try those again")
         raise typer.Exit(1)
@@ -277,19 +246,6 @@ def _number(value: str) -> float:
         return float(value)
     except ValueError as error:
         raise typer.BadParameter(f"--ratios {value}: no number") from error
-
-
-def _print_comparison(data: Any, out: Path) -> None:
-    from spectrim.measure.plot import LEGEND, table
-
-    header, rows = table(data)
-    # a pipe has no width: there nothing is folded
-    console = out_console if out_console.is_terminal else Console(width=400)
-    shown = Table(*header, title=str(out))
-    for row, following in zip(rows, [*rows[1:], []], strict=True):
-        shown.add_row(*row, end_section=row[:2] != following[:2])
-    console.print(shown)
-    console.print(LEGEND, highlight=False)
 
 
 @app.command()
@@ -325,17 +281,9 @@ def finetune(
             trust_remote_code=trust_remote_code, settings=[*reports, *(set_ or [])], progress=progress,
         )  # fmt: skip
     if as_json:
-        _print_json({**found.record, "run": found.run})
+        show.as_json({**found.record, "run": found.run})
         return
-    table = Table("", "", title=str(found.directory))
-    losses = [entry["loss"] for entry in found.record["history"]]
-    rows = {name: f"{found.record[name]:,}" for name in ("steps", "trainable_parameters")}
-    rows |= {name: f"{found.record[name]:,}" for name in ("parameters_before", "parameters_after")}
-    for name, value in (rows | {"training loss, first and last": f"{losses[0]:.4f}, {losses[-1]:.4f}"}).items():
-        table.add_row(name.replace("_", " "), value)
-    out_console.print(table)
-    for note in _grouped(found.record["notes"]):
-        err_console.print(note, highlight=False)
+    show.tuning(found)
 
 
 @app.command()
@@ -359,40 +307,10 @@ def plan(
         from spectrim.estimate import estimate
 
         found = estimate(model, asked, device, trust_remote_code, memory, time)
-    data = found.to_json()
     if as_json:
-        _print_json(data)
+        show.as_json(found.to_json())
         return
-    table = Table("module", "role", "out × in", "becomes")
-    for row in data["targets"]:
-        choice = row["choice"]
-        becomes = "dense" if found.plan else "decided after calibration"
-        if choice:
-            becomes = ", ".join([*choice["formats"].values(), *(f"{k} {v}" for k, v in choice["counts"].items())])
-        table.add_row(row["name"], row["role"], f"{row['out']} × {row['in']}", becomes)
-    out_console.print(table)
-    for note in _grouped(data["notes"]):
-        err_console.print(note, highlight=False)
-    sums = Table("", "")
-    for name, count in data["parameters"].items():
-        sums.add_row(name, f"{count:,}")
-    sums.add_row("peak memory, estimated", f"{sum(data['peak_memory_bytes'].values()) / 1e9:.2f} GB")
-    sums.add_row("disk, output / work", " / ".join(f"{data['disk_bytes'][k] / 1e9:.2f} GB" for k in ("output", "work")))
-    out_console.print(sums)
-    needed = Table("stage", "memory beside imports", "disk", *(["time"] if time else []))
-    for name, of_stage in data["stages"].items():
-        sizes = (sum(of_stage["memory_bytes"].values()), of_stage["disk_bytes"])
-        needed.add_row(
-            name, *(f"{size / 1e9:.2f} GB" for size in sizes), *([_time(of_stage["seconds"])] if time else [])
-        )
-    out_console.print(needed)
-
-
-def _time(seconds: float | None) -> str:
-    """A time to read."""
-    if seconds is None:
-        return "not known"
-    return f"{seconds:.1f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+    show.estimate(found, time)
 
 
 @app.command()
@@ -427,13 +345,9 @@ def methods(as_json: Json = False) -> None:
             "finetune": {n: (c.__doc__ or "").split("\n")[0] for n, c in finetuners().items()},
         }
     if as_json:
-        _print_json(tables)
+        show.as_json(tables)
         return
-    table = Table("kind", "name", "what")
-    for kind, rows in tables.items():
-        for name, about in rows.items():
-            table.add_row(kind, name, about)
-    out_console.print(table)
+    show.methods(tables)
 
 
 @app.command()
@@ -448,18 +362,6 @@ def demo(
 
         report = commands.demo(out, ratio, progress)
     if as_json:
-        _print_json(report)
+        show.as_json(report)
         return
-    table = Table("", "dense", "compressed", title=f"reference model, {ratio:.0%} of its target parameters removed")
-    for name in ("parameters", "bytes", "perplexity", "nll", "kl"):
-        table.add_row(name, *(_shown(report[side].get(name)) for side in ("dense", "compressed")))
-    out_console.print(table)
-    for side in ("dense", "compressed"):
-        out_console.print(f"[bold]{side}[/bold] {report[side]['sample']}\n", highlight=False)
-    out_console.print(report["protocol"], highlight=False)
-
-
-def _shown(value: float | int | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+    show.demo(report, ratio)

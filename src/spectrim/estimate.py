@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedModel
 
 from spectrim import needs
 from spectrim.core import plan as plans
@@ -14,8 +16,8 @@ from spectrim.core.plan import Plan
 from spectrim.jobs import Job, allocate_early, plan_jobs
 from spectrim.measure.evaluate import max_positions, parameters
 from spectrim.model import blocks, targets
-from spectrim.model.checkpoint import Checkpoint
-from spectrim.model.files import resolve
+from spectrim.model.checkpoint import Checkpoint, described
+from spectrim.model.files import has_weights, resolve
 from spectrim.pipeline import DEFAULT_LENGTH, compute_dtype
 from spectrim.recipe import Recipe
 from spectrim.timing import predicted
@@ -80,39 +82,69 @@ def estimate(
 ) -> Estimate:
     """Plan a run of `recipe` on `model`; no weight is read, but with `time` those of one block, which is run.
 
-    memory: the limit of the run, as in `compress`. Raises like `compress` for bad input.
+    A directory with a config.json and no weights will do, but for `time`. memory: the limit of the run, as in
+    `compress`. Raises like `compress` for bad input.
     """
     limit = None if memory is None else needs.parse_size(memory)
     directory = resolve(str(model))
-    checkpoint = Checkpoint(directory, compute_dtype(device), trust_remote_code)
-    structure = blocks.share_inputs(checkpoint.model, targets.find(checkpoint.model))
+    source = _source(directory, device, trust_remote_code, time)
+    structure = blocks.share_inputs(source.model, targets.find(source.model))
+    structure = replace(structure, notes=(*structure.notes, *source.notes))
     jobs = plan_jobs(recipe, structure)
     early = [allocate_early(job, recipe) for job in jobs]
     plan = plans.merge([p for p in early if p is not None]) if all(p is not None for p in early) else None
     dense = sum(t.parameters for job in jobs for t in job.targets)
     kept = sum(job.budget for job in jobs) if plan is None else plan.spent
-    before = parameters(directory)
     totals = {
         "targets_before": dense,
         "targets_after": kept,
-        "total_before": before["total"],
-        "total_after": before["total"] - dense + kept,
+        "total_before": source.total,
+        "total_after": source.total - dense + kept,
     }
     setting = needs.Setting(
-        checkpoint.model, structure, recipe, jobs, recipe.calibrate.sequences, _length(checkpoint, recipe),
-        checkpoint.stored_dtype.itemsize,
+        source.model, structure, recipe, jobs, recipe.calibrate.sequences, _length(source.model, recipe),
+        source.itemsize,
     )  # fmt: skip
     in_memory = None
     if limit is not None:
         in_memory = min(needs.room(setting, limit) + 2 * setting.batch_state, setting.hidden_states)
     stages = needs.stages(setting, in_memory)
     disk = _disk(setting, plan, totals["total_after"], limit is not None)
-    seconds = predicted(checkpoint, setting, plan, device) if time else {}
+    seconds = {} if source.checkpoint is None or not time else predicted(source.checkpoint, setting, plan, device)
     fullest = max(stages.values(), key=lambda causes: sum(causes.values()))
     imports = {"imports": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
     return Estimate(
         structure, jobs, plan, totals, imports | fullest, stages, disk, _by_stage(setting, stages, disk), seconds
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A skeleton, parameters of the whole model, bytes of a number as stored; the checkpoint, if it has weights."""
+
+    model: PreTrainedModel
+    total: int
+    itemsize: int
+    checkpoint: Checkpoint | None = None
+    notes: tuple[str, ...] = ()
+
+
+def _source(directory: Path, device: str, trust_remote_code: bool, time: bool) -> _Source:
+    """What is known of a model without reading its weights. Raises ValueError where `time` needs them."""
+    if has_weights(directory):
+        checkpoint = Checkpoint(directory, compute_dtype(device), trust_remote_code)
+        total = parameters(directory)["total"]
+        return _Source(checkpoint.model, total, checkpoint.stored_dtype.itemsize, checkpoint)
+    if time:
+        raise ValueError(
+            f"{directory} holds no weights: memory and disk follow from its config.json, but for times one block must "
+            "be run. Plan without --time, or give a checkpoint of one such block with random weights, as in "
+            "docs/large-models.md"
+        )
+    model, stored = described(directory, compute_dtype(device), trust_remote_code)
+    dtype = str(stored).removeprefix("torch.")
+    note = f"{directory}: no weights are here; planned from config.json, for weights stored as {dtype}"
+    return _Source(model, parameters(model)["total"], stored.itemsize, notes=(note,))
 
 
 def _disk(setting: needs.Setting, plan: Plan | None, after: int, limited: bool) -> dict[str, int]:
@@ -159,6 +191,6 @@ def _by_stage(setting: needs.Setting, stages: Mapping[str, Any], disk: Mapping[s
     return {name: found[name] + windows for name in stages}
 
 
-def _length(checkpoint: Checkpoint, recipe: Recipe) -> int:
+def _length(model: PreTrainedModel, recipe: Recipe) -> int:
     """Tokens of a calibration window."""
-    return recipe.calibrate.length or min(DEFAULT_LENGTH, max_positions(checkpoint.model) or DEFAULT_LENGTH)
+    return recipe.calibrate.length or min(DEFAULT_LENGTH, max_positions(model) or DEFAULT_LENGTH)

@@ -327,7 +327,7 @@ def _written(setting: Setting) -> Iterator[int]:
 
     Pivots are found in float64, from the product of the factors.
     """
-    yield setting.embedding.numel() * (setting.stored + 1)
+    yield setting.embedding.numel() * setting.stored
     for job in setting.jobs:
         for target in job.targets:
             for part in target.parts:

@@ -17,7 +17,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spectrim import lean, needs
+from spectrim import finished, lean, needs
 from spectrim import recipe as recipes
 from spectrim.core import heap, lock
 from spectrim.core.plan import Candidate, Plan
@@ -85,7 +85,7 @@ def compress(
     limit = None if memory is None else needs.parse_size(memory)
     timings = Timings()
     with timings.stage("read"):
-        source = _source(model, out, device, overwrite, trust_remote_code)
+        source = _source(model, out, device, overwrite, trust_remote_code, asked)
         if text is None and model == "reference":
             text = "reference"
         if isinstance(source, Checkpoint) and tokenizer is None and text is not None and not isinstance(text, Tensor):
@@ -100,6 +100,9 @@ def compress(
         with timings.stage("text"):
             windows = _windows(asked, jobs, text, tokenizer, source.model, store)
         run = Run(source, structure, asked, jobs, windows, torch.device(device), store, timings, progress, dtype)
+        made = finished.compressed(run, out, overwrite)
+        if made is not None:
+            return Result(*made, directory=Path(str(out)))
         run.room = room
         run.lean = _lean(run, setting, early, out)
         plan, candidates = planned(run, early)
@@ -112,6 +115,7 @@ def _source(
     device: str | torch.device,
     overwrite: bool,
     trust_remote_code: bool,
+    asked: Recipe,
 ) -> Weights:
     """Where the weights come from. Raises ValueError unless a directory has an `out` that can be written."""
     if isinstance(model, PreTrainedModel):
@@ -120,7 +124,7 @@ def _source(
         return LiveModel(model)
     if out is None:
         raise ValueError("give `out`, the directory to write the compressed model into")
-    writer.refuse_filled(Path(out), overwrite)
+    finished.refuse_filled(Path(out), overwrite, finished.of_recipe(asked))
     return Checkpoint(resolve(str(model)), compute_dtype(device), trust_remote_code)
 
 
@@ -257,6 +261,7 @@ def _finish(
             apply.streamed(run.source, run.structure, plan, candidates, directory, dtype, progress=run.progress)
         before, after = parameters(run.source.directory), parameters(directory)
         summary, facts = _summary(run, plan, before["total"], after["total"]), _facts(run)
+        summary |= finished.record(directory, finished.request_of(run))
         write_json(directory / "spectrim.json", summary)
         write_json(directory / "run.json", facts)
     return Result(plan, summary, facts, directory=Path(out))

@@ -17,6 +17,7 @@ import yaml
 from torch import nn
 from transformers import PreTrainedModel
 
+from spectrim import finished
 from spectrim.core import distributed, heap, registry
 from spectrim.core.finetuner import Finetuner, finetuners
 from spectrim.core.progress import Progress, silent
@@ -179,14 +180,15 @@ def tune(
         "train.learning_rate": learning_rate, "train.seed": seed, "data.window": window,
     }  # fmt: skip
     asked = requested(method, shortcuts, settings)
-    refuse_filled(Path(out), overwrite)
+    finished.refuse_filled(Path(out), overwrite, lambda summary: "finetuning" in summary)
     run = _Run(
         asked, _directory(model, trust_remote_code), Path(out), torch.device(device), trust_remote_code, progress
     )
     run.check(dense, teacher)
     with run.timings.stage("data"):
         run.read(data)
-    return run.finish(run.trained(Path(work or f"{out}.work")), overwrite)
+    folder = Path(work or f"{out}.work")
+    return run.answered(folder, overwrite) or run.finish(run.trained(folder), overwrite)
 
 
 def _directory(model: str | Path, trust_remote_code: bool) -> Path:
@@ -249,6 +251,20 @@ class _Run:
             raise ValueError(f"window {window} exceeds the model's maximum of {longest} positions")
         self.rows = instructions.rows(name, tokenizer, window, wanted.kind, wanted.long, wanted.field)
         self.pad, self.data = instructions.pad_of(tokenizer), instructions.fingerprint(name, wanted.field)
+
+    def answered(self, work: Path, overwrite: bool) -> Tuned | None:
+        """What the output holds if it is the result of this very command; its checkpoints, if any are left, go.
+
+        Raises ValueError for an output with anything else in it, which is not to be overwritten.
+        """
+        found = None if overwrite or not self.out.exists() else finished.answer(self.out, self.request())
+        if found is None:
+            refuse_filled(self.out, overwrite)
+            return None
+        logger.warning("%s holds the result of this command already; with --overwrite it is made anew", self.out)
+        if distributed.rank() == 0:
+            shutil.rmtree(work / f"tune-{self.key()}", ignore_errors=True)
+        return Tuned(self.out, found["finetuning"][-1], finished.facts(self.out))
 
     def trained(self, work: Path) -> PreTrainedModel:
         """The tuned model, merged."""
@@ -316,6 +332,10 @@ class _Run:
             }
         )[:16]  # fmt: skip
 
+    def request(self) -> str:
+        """Of all that decides what is written."""
+        return hash_of({"tuning": self.key(), "beside": finished.beside(self.directory), "stored": str(self.stored)})
+
     def finish(self, model: PreTrainedModel, overwrite: bool) -> Tuned:
         """Save the model, its record and what run it took; the checkpoints go."""
         with self.timings.stage("write"):
@@ -335,9 +355,10 @@ class _Run:
             }
             if distributed.rank() == 0:
                 with new_directory(self.out, overwrite) as directory:
-                    _save(model, self.directory, directory, record, facts)
+                    _save(model, self.directory, directory, record, facts, self.request())
                 shutil.rmtree(self.folder)
-        return Tuned(self.out, record, facts)
+        # as it reads in the file: with lists for tuples
+        return Tuned(self.out, json.loads(json.dumps(record)), facts)
 
 
 def _widen(model: nn.Module) -> None:
@@ -360,7 +381,7 @@ def lowered(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     return made
 
 
-def _save(model: PreTrainedModel, source: Path, directory: Path, record: Any, facts: Any) -> None:
+def _save(model: PreTrainedModel, source: Path, directory: Path, record: Any, facts: Any, request: str) -> None:
     for pattern in apply.SIDE_FILES:
         for file in source.glob(pattern):
             if file.name not in ("config.json", CODE_FILE) and not file.name.endswith(".index.json"):
@@ -373,5 +394,5 @@ def _save(model: PreTrainedModel, source: Path, directory: Path, record: Any, fa
     described = directory / "spectrim.json"
     summary = json.loads(described.read_text(encoding="utf-8")) if described.exists() else {}
     summary["finetuning"] = [*summary.get("finetuning", ()), record]
-    write_json(described, summary)
+    write_json(described, {**summary, **finished.record(directory, request)})
     write_json(directory / "run.json", facts)

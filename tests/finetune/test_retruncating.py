@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from spectrim.finetune.retruncating import Beside, Retruncating
 from spectrim.model import modules
 from tests.families import FAMILIES
-from tests.finetune.test_full import (
+from tests.finetune.sessions import (
     MODELS,
+    as_it_was,
     begun,
     checked_against_saved,
     checkpointed_gradients_are_the_same,
@@ -23,6 +24,8 @@ from tests.finetune.test_full import (
     shapes,
     some,
     steps,
+    the_seed_decides,
+    tied_weights_stay_tied,
     trains_under_autocast,
 )
 from tests.model.test_loading import WITH_RANK_0, compressed, logits, narrow
@@ -59,11 +62,7 @@ def beside_pair(module: Any) -> Tensor:
 @pytest.mark.parametrize("family", MODELS)
 def test_it_is_the_svd_of_the_merged_matrix(family: str, tmp_path: Path) -> None:
     model = some(family)
-    start, was, old = (
-        logits(model),
-        (kinds(model), shapes(model)),
-        {n: t.clone() for n, t in model.state_dict().items()},
-    )
+    start, was, old = as_it_was(model)
     names = layout(model)
     beside = {name: beside_pair(model.get_submodule(name)) for name in names}
     session = begun(model, Retruncating(rank=2))
@@ -166,13 +165,7 @@ def test_the_scale_and_the_dropout() -> None:
 
 
 def test_the_same_seed_gives_the_same_model() -> None:
-    def tuned(seed: int) -> Tensor:
-        session = begun(some("llama"), Retruncating(rank=2), seed)
-        steps(session, count=1)
-        return logits(session.finish())
-
-    assert torch.equal(tuned(3), tuned(3))
-    assert not torch.equal(tuned(3), tuned(4))
+    the_seed_decides(Retruncating(rank=2))
 
 
 def test_checkpointing() -> None:
@@ -185,10 +178,7 @@ def test_autocast(cast: torch.dtype | None) -> None:
 
 
 def test_tied_weights_stay_tied() -> None:
-    session = begun(some("llama_tied"), Retruncating(rank=2, extra=2))
-    steps(session, count=1)
-    tuned = session.finish()
-    assert tuned.lm_head.weight is tuned.model.embed_tokens.weight
+    tied_weights_stay_tied(Retruncating(rank=2, extra=2))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from spectrim.finetune.start import balanced, flattened, refined
 from spectrim.model import loading, modules
 from tests.families import FAMILIES
-from tests.finetune.test_full import kinds, layout, shapes, some
+from tests.finetune.sessions import (
+    as_it_was,
+    kinds,
+    layout,
+    shapes,
+    some,
+)
 from tests.finetune.test_retruncating import beside_pair
 from tests.model.test_loading import WITH_RANK_0, compressed, logits, narrow
 
@@ -48,11 +54,7 @@ def single(weight: Tensor, bias: Tensor | None = None) -> tuple[nn.Module, Any]:
 @pytest.mark.parametrize("family", ["llama_tied", "gpt2"])
 def test_balanced_pairs(family: str, tmp_path: Path) -> None:
     model = some(family, WITH_RANK_0)
-    start, was, old = (
-        logits(model),
-        (kinds(model), shapes(model)),
-        {n: t.clone() for n, t in model.state_dict().items()},
-    )
+    start, was, old = as_it_was(model)
     notes = balanced(model)
     torch.testing.assert_close(logits(model), start, atol=1e-5, rtol=1e-5)
     assert (kinds(model), shapes(model)) == was

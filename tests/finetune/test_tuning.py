@@ -247,6 +247,34 @@ def test_the_command_line(small_dir: Path, rows_file: Path, tmp_path: Path) -> N
     assert found.exit_code == 0, found.output
     record = json.loads(found.stdout)
     assert record["steps"] == 2
-    again = CliRunner().invoke(app, arguments)
+    again = CliRunner().invoke(app, [*arguments, "--seed", "1"])
     assert again.exit_code == 1
     assert "not empty" in again.output
+
+
+def test_the_same_again_is_answered_by_what_is_there(
+    small_dir: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As after a process that was killed between the last rename and its end, its checkpoints still there."""
+    out = tmp_path / "out"
+    made = spectrim.tune(small_dir, str(rows_file), out, **FEW)
+    (left,) = [out.parent / f"out.work/tune-{key}" for key in _keys(monkeypatch, small_dir, rows_file, out)]
+    left.mkdir(parents=True)
+    again = spectrim.tune(small_dir, str(rows_file), out, **FEW)
+    assert again == made and "holds the result of this command already" in caplog.text and not left.exists()
+    for change in ({"steps": 5}, {"seed": 3}, {"method": "full"}):
+        with pytest.raises(ValueError, match="is not empty"):
+            spectrim.tune(small_dir, str(rows_file), out, **{**FEW, **change})
+    (out / "mine.txt").write_text("not of that run")
+    with pytest.raises(ValueError, match="is not empty"):
+        spectrim.tune(small_dir, str(rows_file), out, **FEW)
+
+
+def _keys(monkeypatch: pytest.MonkeyPatch, model: Path, rows: Path, out: Path) -> list[str]:
+    """The keys that checkpoints of this tuning lie under."""
+    found: list[str] = []
+    original = tuning._Run.key
+    with monkeypatch.context() as patched:
+        patched.setattr(tuning._Run, "key", lambda self: found.append(original(self)) or found[-1])
+        spectrim.tune(model, str(rows), out, **FEW)
+    return sorted(set(found))

@@ -12,8 +12,9 @@ from torch import Tensor
 from spectrim.finetune.vectors import Scaled, Vectors
 from spectrim.model import modules
 from tests.families import FAMILIES
-from tests.finetune.test_full import (
+from tests.finetune.sessions import (
     MODELS,
+    as_it_was,
     begun,
     checked_against_saved,
     checkpointed_gradients_are_the_same,
@@ -22,6 +23,8 @@ from tests.finetune.test_full import (
     shapes,
     some,
     steps,
+    the_seed_decides,
+    tied_weights_stay_tied,
     trains_under_autocast,
 )
 from tests.model.test_loading import compressed, logits
@@ -43,11 +46,7 @@ FORMATS = [
 @pytest.mark.parametrize("family", MODELS)
 def test_starts_trains_and_merges(family: str, tmp_path: Path) -> None:
     model = some(family)
-    start, was, old = (
-        logits(model),
-        (kinds(model), shapes(model)),
-        {n: t.clone() for n, t in model.state_dict().items()},
-    )
+    start, was, old = as_it_was(model)
     session = begun(model, Vectors(slice=2))
     torch.testing.assert_close(logits(model), start, atol=1e-6, rtol=1e-6)
     assert {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad} == {"inputs", "outputs"}
@@ -147,13 +146,7 @@ def test_a_resumed_session_has_the_same_slices() -> None:
 
 
 def test_the_same_seed_gives_the_same_model() -> None:
-    def tuned(seed: int) -> Tensor:
-        session = begun(some("llama"), Vectors(slice=2), seed)
-        steps(session, count=1)
-        return logits(session.finish())
-
-    assert torch.equal(tuned(3), tuned(3))
-    assert not torch.equal(tuned(3), tuned(4))
+    the_seed_decides(Vectors(slice=2))
 
 
 def test_vectors_are_float32_beside_half_precision() -> None:
@@ -173,10 +166,7 @@ def test_autocast(cast: torch.dtype | None) -> None:
 
 
 def test_tied_weights_stay_tied() -> None:
-    session = begun(some("llama_tied"), Vectors())
-    steps(session, count=1)
-    tuned = session.finish()
-    assert tuned.lm_head.weight is tuned.model.embed_tokens.weight
+    tied_weights_stay_tied(Vectors())
 
 
 def test_bad_settings_and_models_are_named() -> None:

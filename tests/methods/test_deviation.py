@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +18,7 @@ from spectrim.core.plan import Candidate, Choice, Part, Plan, Target, Units
 from spectrim.core.registry import Live, Problem
 from spectrim.methods.deviation import Deviation, Row, base_of, kept
 from spectrim.methods.svd import PlainSVD
+from tests.methods.stopping import Remembered, StopAtFour
 
 HIDDEN, INNER, WORDS = 12, 20, 17
 KINDS = pytest.mark.parametrize("kind", ["kl", "hidden", "perplexity"])
@@ -177,21 +177,6 @@ def table(method: Deviation, asked: Problem) -> tuple[dict[str, Row], dict[str, 
     return method.table(asked, options)[0], options
 
 
-class Memory:
-    """A work directory in memory."""
-
-    def __init__(self) -> None:
-        self.stored: dict[str, Mapping[str, Tensor]] = {}
-
-    def __call__(
-        self, name: str, fields: Mapping[str, Any], make: Callable[[], Mapping[str, Tensor]]
-    ) -> Mapping[str, Tensor]:
-        key = json.dumps([name, fields], sort_keys=True)
-        if key not in self.stored:
-            self.stored[key] = make()
-        return self.stored[key]
-
-
 def test_the_toy_is_live() -> None:
     assert isinstance(setting()[0], Live)
 
@@ -231,17 +216,11 @@ def test_a_run_starts_at_the_block_of_its_target() -> None:
 def test_a_killed_run_goes_on_and_a_finished_one_runs_nothing() -> None:
     live, targets = setting()
     plan = Deviation().allocate(problem(live, targets, 0.3))
-    whole, memory, seen = live.passes, Memory(), []
-
-    def stop(stage: str, done: int, total: int) -> None:
-        seen.append((stage, done, total))
-        if done == 4:
-            raise KeyboardInterrupt
-
+    whole, memory, stop = live.passes, Remembered(), StopAtFour()
     live, _ = setting()
     with pytest.raises(KeyboardInterrupt):
         Deviation().allocate(problem(live, targets, 0.3, remember=memory, progress=stop))
-    assert seen == [("deviation", done, 6) for done in (1, 2, 3, 4)]
+    assert stop.seen == [("deviation", done, 6) for done in (1, 2, 3, 4)]
     first, again = live.passes, problem(live, targets, 0.3, remember=memory)
     assert Deviation().allocate(again) == plan
     assert live.passes - first < whole - first + 2 * (3 + 3), "beside what was left, only states are made again"
@@ -336,7 +315,7 @@ def test_a_deviation_that_is_not_finite_is_left_out_and_said(caplog: pytest.LogC
 
 
 def test_some_are_measured_and_the_others_interpolated() -> None:
-    (live, targets), memory = setting(format="pivot"), Memory()
+    (live, targets), memory = setting(format="pivot"), Remembered()
     asked = problem(live, targets, 0.4, "pivot", remember=memory)
     rows, options = table(Deviation(), asked)
     whole = live.passes

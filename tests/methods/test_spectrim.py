@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from spectrim.model import targets
 from spectrim.model.blocks import Batch, share_inputs
 from spectrim.model.live import Installed
 from tests.families import FAMILIES, VOCABULARY
+from tests.methods.stopping import Remembered, StopAtFour
 
 IDS = torch.randint(1, VOCABULARY, (6, 16), generator=torch.Generator().manual_seed(2))
 FORMATS = pytest.mark.parametrize("format", ["low_rank", "pivot"])
@@ -141,21 +141,6 @@ class Trial:
 @pytest.fixture(scope="module")
 def trial() -> Trial:
     return Trial()
-
-
-class Remembered:
-    """A work directory in memory."""
-
-    def __init__(self) -> None:
-        self.stored: dict[str, Mapping[str, Tensor]] = {}
-
-    def __call__(
-        self, name: str, fields: Mapping[str, Any], make: Callable[[], Mapping[str, Tensor]]
-    ) -> Mapping[str, Tensor]:
-        key = json.dumps([name, fields], sort_keys=True)
-        if key not in self.stored:
-            self.stored[key] = make()
-        return self.stored[key]
 
 
 def curves(trial: Trial) -> dict[str, Tensor]:
@@ -282,17 +267,10 @@ def test_measurements_are_remembered_by_matrix_and_rank(trial: Trial) -> None:
 
 
 def test_a_killed_run_goes_on(trial: Trial) -> None:
-    memory, method = Remembered(), MeasuredCurve(trial=2, rounds=0)
-    seen: list[tuple[str, int, int]] = []
-
-    def stop(stage: str, done: int, total: int) -> None:
-        seen.append((stage, done, total))
-        if done == 4:
-            raise KeyboardInterrupt
-
+    memory, method, stop = Remembered(), MeasuredCurve(trial=2, rounds=0), StopAtFour()
     with pytest.raises(KeyboardInterrupt):
         method.allocate(trial.problem(0.3, remember=memory, progress=stop))
-    assert seen == [("measure", i, len(trial.targets)) for i in range(1, 5)] and len(memory.stored) == 4
+    assert stop.seen == [("measure", i, len(trial.targets)) for i in range(1, 5)] and len(memory.stored) == 4
     trial.built.clear()
     plan = method.allocate(trial.problem(0.3, remember=memory))
     assert len(trial.built) == len(trial.targets) - 4

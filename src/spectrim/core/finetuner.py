@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
-from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from spectrim.core.registry import Method, register
 
 # What a checkpoint must be: with factors in its layout, without a layout, or either.
 Wants = Literal["factors", "dense", "any"]
@@ -99,21 +101,12 @@ class Finetuner(Protocol):
         ...
 
 
-Way = TypeVar("Way", bound=type)
-
 _finetuners: dict[str, type[Any]] = {}
 
 
-def finetuner(name: str) -> Callable[[Way], Way]:
+def finetuner(name: str) -> Callable[[Method], Method]:
     """Class decorator: registers a way of tuning. Raises ValueError for a name that is taken."""
-
-    def add(cls: Way) -> Way:
-        if name in _finetuners:
-            raise ValueError(f"way of tuning {name!r} is registered twice: {_finetuners[name]} and {cls}")
-        _finetuners[name] = cls
-        return cls
-
-    return add
+    return register(_finetuners, "way of tuning", name)
 
 
 def finetuners() -> dict[str, type[Any]]:

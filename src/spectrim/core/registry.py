@@ -267,18 +267,20 @@ _allocators: dict[str, type[Any]] = {}
 
 def decomposer(name: str) -> Callable[[Method], Method]:
     """Class decorator: registers a decomposer. Raises ValueError for a name that is taken."""
-    return _register(_decomposers, name)
+    return register(_decomposers, "method", name)
 
 
 def allocator(name: str) -> Callable[[Method], Method]:
     """Class decorator: registers an allocator. Raises ValueError for a name that is taken."""
-    return _register(_allocators, name)
+    return register(_allocators, "method", name)
 
 
-def _register(table: dict[str, type[Any]], name: str) -> Callable[[Method], Method]:
+def register(table: dict[str, type[Any]], kind: str, name: str) -> Callable[[Method], Method]:
+    """Class decorator: puts a class into a table. Raises ValueError for a name that is taken; kind: what it is."""
+
     def add(cls: Method) -> Method:
         if name in table:
-            raise ValueError(f"method {name!r} is registered twice: {table[name]} and {cls}")
+            raise ValueError(f"{kind} {name!r} is registered twice: {table[name]} and {cls}")
         table[name] = cls
         return cls
 

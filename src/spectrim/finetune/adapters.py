@@ -49,10 +49,7 @@ class RankPreserving(Finetuner):
     wants: ClassVar[Wants] = "factors"
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank is {self.rank}: an adapter has at least 1")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}: it is in [0, 1)")
+        factored.check_adapter(self.rank, self.dropout)
 
     @property
     def learning_rate(self) -> float:

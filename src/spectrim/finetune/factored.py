@@ -48,6 +48,14 @@ def kept_columns(module: Format, factor: str) -> int:
     return int(module.spec().get("kept", 0)) if factor == "base" else 0
 
 
+def check_adapter(rank: int, dropout: float) -> None:
+    """Raise ValueError for settings that no LoRA has."""
+    if rank < 1:
+        raise ValueError(f"rank is {rank}: an adapter has at least 1")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout is {dropout}: it is in [0, 1)")
+
+
 @torch.no_grad()
 def add(weight: Tensor, delta: Tensor) -> None:
     """weight += delta, the sum in float32 or better, rounded once; in place, so that the memory layout stays."""

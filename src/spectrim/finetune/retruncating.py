@@ -58,10 +58,7 @@ class Retruncating(Finetuner):
     wants: ClassVar[Wants] = "factors"
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank is {self.rank}: an adapter has at least 1")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}: it is in [0, 1)")
+        factored.check_adapter(self.rank, self.dropout)
         if not 0 <= self.extra <= self.rank:
             raise ValueError(f"extra is {self.extra}: it is from 0 to rank, {self.rank}, all that an adapter adds")
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from spectrim.core import budget, linalg
+from spectrim.core import budget, heap, linalg
 from spectrim.core.plan import Candidate, Choice, Part, Plan, Target
 from spectrim.core.progress import Progress, silent
 from spectrim.core.store import write_json
@@ -231,6 +231,7 @@ def streamed(
         key = checkpoint.stored_key(f"{guard}.weight")
         empty = torch.zeros(0, dtype=dtype or checkpoint.stored_dtype)
         items.append(Item({key: (empty.dtype, (0,))}, lambda: {key: empty}))
+    heap.give_back()  # factorisations of small matrices leave holes
     write_shards(directory, items, shard_bytes, lambda done, total: progress("write", done, total))
     _write_sides(checkpoint, place, directory, dtype)
 

@@ -30,6 +30,8 @@ from spectrim.model.quantizer import refuse_unfilled
 
 logger = logging.getLogger(__name__)
 
+_PIECE = 2**20  # numbers that are looked at together
+
 
 @runtime_checkable
 class Weights(Protocol):
@@ -89,17 +91,41 @@ def refuse_absurd(
     layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
     if isinstance(layers, int) and layers > tensors:
         raise ValueError(f"{directory}: {layers:,} layers by its config.json, but {tensors:,} tensors in its files")
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever a model class raises for sizes that do not go together
-        said = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{directory}: no model can be made by its config.json: {said}") from error
+    model = _on_meta(directory, config, trust_remote_code)
     try:
         modules.swap(model, layout or {})
         refuse_unfilled(model, stored)
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from error
+
+
+def _on_meta(directory: Path, config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
+    """All of the model on the meta device. Raises ValueError where there is no such model."""
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever a model class raises for sizes that do not go together
+        said = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{directory}: no model can be made by its config.json: {said}") from error
+    return model
+
+
+def described(
+    directory: Path, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, torch.dtype]:
+    """The skeleton of a model of which only the configuration is there, and the dtype its weights would be stored in.
+
+    dtype: the one to compute in (None: as stored). Raises ValueError as `Checkpoint` does for a bad configuration.
+    """
+    config = read_config(directory, trust_remote_code)
+    refuse_quantized(config, str(directory))
+    stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    outline = _on_meta(directory, config, trust_remote_code)
+    try:
+        refuse_unfilled(outline, stored.itemsize * sum(p.numel() for p in outline.parameters()))
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from error
+    return skeleton(config, dtype or stored, trust_remote_code), stored
 
 
 class Checkpoint:
@@ -296,8 +322,11 @@ def check_finite(model: nn.Module) -> None:
 
 
 def _check_finite(name: str, tensor: Tensor) -> None:
-    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-        bad = int((~torch.isfinite(tensor)).sum())
+    if not tensor.is_floating_point():
+        return
+    pieces = tensor.reshape(-1).split(_PIECE)  # `isfinite` makes a copy of what it is given
+    if not all(bool(torch.isfinite(piece).all()) for piece in pieces):
+        bad = sum(int((~torch.isfinite(piece)).sum()) for piece in pieces)
         raise ValueError(f"the weight {name} holds {bad:,} values that are not finite (NaN or infinity)")
 
 

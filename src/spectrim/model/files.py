@@ -29,6 +29,7 @@ DTYPES = {
 }
 JSON_BYTES = 2**28  # an index of 100 000 tensors takes some 10 MB
 MOST_LAYERS = 2**14  # some configurations make lists of that length as soon as they are read
+_WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 _LAYERS = re.compile(r"(num|n)_(\w+_)?layers?")
 
 
@@ -149,6 +150,11 @@ def weight_files(directory: Path) -> list[Path]:
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} is truncated or damaged ({error}); fetch it again") from error
     return files
+
+
+def has_weights(directory: Path) -> bool:
+    """Whether a model directory holds weights of any kind, or what would name them."""
+    return any(path.name.endswith(_WEIGHTS) for path in directory.iterdir())
 
 
 def _shards(index: Path) -> list[str]:

@@ -4,6 +4,7 @@ Nothing heavy is imported here, so importing the package stays light.
 """
 
 import sys
+from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -21,9 +22,8 @@ def install() -> None:
 
 
 def _register() -> None:
-    from spectrim.model.quantizer import register
-
-    register()
+    # It registers itself at its end, which is still to come where its own import is what wakes transformers.
+    import_module("spectrim.model.quantizer")
 
 
 class _Finder(MetaPathFinder):

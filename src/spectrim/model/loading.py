@@ -36,9 +36,6 @@ _CODE = '''# SPDX-License-Identifier: Apache-2.0
 {quantizer}
 
 
-register()
-
-
 class {config}(_Config):
     """The config of the model before it was compressed."""
 

@@ -258,3 +258,7 @@ def _plain(name: str, module: Any, original: nn.Module, model: Any) -> nn.Module
     new.register_parameter("weight", nn.Parameter(weight))
     new.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().to(like)))
     return new.train(module.training)
+
+
+# At the end, when all of it is there: whatever imports this file first, transformers knows the format afterwards.
+register()

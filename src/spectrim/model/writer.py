@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
+from spectrim.core import lock
+from spectrim.core.store import StoreError
 from spectrim.model.files import DTYPES
+
+logger = logging.getLogger(__name__)
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+# In `.NAME.xxxxxxxx.partial`, beside `out` while it is written: the new directory, the one it replaces, and a lock.
+_PARTIAL, _NEW, _OLD = ".partial", "new", "old"
+_TRIES = 5
 
 
 @dataclass(frozen=True)
@@ -86,16 +96,21 @@ def _write_file(path: Path, items: Sequence[Item]) -> Iterator[int]:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         file.truncate(8 + len(encoded) + position)
         for item in items:
-            made = item.make()
-            if {name: (t.dtype, tuple(t.shape)) for name, t in made.items()} != dict(item.shapes):
-                raise ValueError(f"{path.name}: tensors {sorted(made)} are not of the shapes said before")
-            for name, tensor in made.items():
-                file.seek(8 + len(encoded) + starts[name])
-                # reshape(-1).view(uint8): the bytes as they lie in memory, for bfloat16 too, which numpy lacks
-                file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            _write_item(file, item, {name: 8 + len(encoded) + starts[name] for name in item.shapes})
             yield item.bytes
         file.flush()
         os.fsync(file.fileno())
+
+
+def _write_item(file: BinaryIO, item: Item, places: Mapping[str, int]) -> None:
+    """Make an item's tensors and write them; a function, so that none of them lives while the next item is made."""
+    made = item.make()
+    if {name: (t.dtype, tuple(t.shape)) for name, t in made.items()} != dict(item.shapes):
+        raise ValueError(f"{Path(file.name).name}: tensors {sorted(made)} are not of the shapes said before")
+    for name, tensor in made.items():
+        file.seek(places[name])
+        # reshape(-1).view(uint8): the bytes as they lie in memory, for bfloat16 too, which numpy lacks
+        file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 @contextmanager
@@ -103,36 +118,78 @@ def new_directory(out: Path, overwrite: bool) -> Iterator[Path]:
     """A temporary directory beside `out` that takes its place when all went well, and vanishes when not.
 
     Raises ValueError when `out` exists and is not empty, unless `overwrite`: then it is replaced at the very end. For
-    a disk that is full or read-only, OSError says what to do.
+    a disk that is full or read-only, OSError says what to do. What a killed process leaves, `settle` sees to.
     """
     refuse_filled(out, overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
+    with ExitStack() as stack:
+        place = _place(out, stack)
+        new, old = place / _NEW, place / _OLD
+        new.mkdir()
         with _room(out):
-            yield temporary
-        temporary.chmod(0o755)
+            yield new
+        new.chmod(0o755)
         if out.exists():
-            old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.old."))
-            try:
-                out.rename(old / "old")
-                temporary.rename(out)
-            finally:
-                if not out.exists():
-                    (old / "old").rename(out)
-                shutil.rmtree(old)
-        else:
-            temporary.rename(out)
-    finally:
-        if temporary.exists():
-            shutil.rmtree(temporary)
+            out.rename(old)
+        new.rename(out)
+
+
+def _place(out: Path, stack: ExitStack) -> Path:
+    """A directory beside `out`, removed with what is in it when the stack ends, and locked until then.
+
+    The lock tells what is being written from what a killed process left, also of another machine.
+    """
+    for tries in range(_TRIES):
+        place = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=_PARTIAL))
+        try:
+            stack.enter_context(lock.held(place, "--out"))
+        except StoreError:  # another run into `out` starts at this moment, took it for a leftover and removes it
+            if tries + 1 == _TRIES:
+                raise
+            continue
+        stack.callback(_clear, place, out)
+        break
+    return place
+
+
+def _clear(place: Path, out: Path) -> None:
+    """Put the directory that was moved away from `out` back unless another is there, and remove all else beside it.
+
+    Where that fails nothing is lost, and the next run tries again.
+    """
+    try:
+        if (place / _OLD).exists() and not out.exists():
+            (place / _OLD).rename(out)
+        shutil.rmtree(place)
+    except OSError as error:
+        logger.warning("%s, what was written for %s or replaced by it, cannot be put away: %s", place, out, error)
+
+
+def settle(out: Path) -> None:
+    """Tidy up after killed processes that wrote into `out`: what they had moved away goes back, what they made goes.
+
+    What a living process writes is locked and left alone, and so is all where the file system has no locks.
+    """
+    own = re.compile(re.escape(f".{out.name}.") + r"[a-z0-9_]{8}" + re.escape(_PARTIAL))
+    for place in sorted(out.parent.glob(f".*{_PARTIAL}")):
+        if not own.fullmatch(place.name):
+            continue
+        if not (place / lock.NAME).exists():
+            # empty: left, or not locked yet, which makes it again; with something in it: no locks here
+            with suppress(OSError):
+                place.rmdir()
+            continue
+        with suppress(StoreError), lock.held(place, "--out") as alone:
+            if alone:
+                _clear(place, out)
 
 
 def refuse_filled(out: Path, overwrite: bool) -> None:
     """Raise ValueError if `out` is a file, or holds something and `overwrite` is not set; OSError if it cannot be made.
 
-    That is tried: permissions alone do not tell of a read-only or full disk.
+    That is tried: permissions alone do not tell of a read-only or full disk. What killed runs left is seen to before.
     """
+    settle(out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; give a directory")
     if out.exists() and any(out.iterdir()) and not overwrite:
