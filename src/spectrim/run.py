@@ -6,7 +6,7 @@ import hashlib
 import logging
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -19,7 +19,7 @@ from spectrim.calibrate.collect import BlockStatistics, Wanted
 from spectrim.calibrate.resident import resident
 from spectrim.calibrate.states import InFiles, InMemory
 from spectrim.calibrate.streamed import streamed
-from spectrim.core import budget
+from spectrim.core import budget, distributed
 from spectrim.core import plan as plans
 from spectrim.core.plan import Candidate, Choice, Part, Plan, Target
 from spectrim.core.progress import Progress
@@ -80,6 +80,8 @@ class Run:
         self.room: int | None = None
         # targets whose factors are not stored
         self.lean: frozenset[str] = frozenset()
+        # what each process has had to do so far
+        self.loads = [0.0] * distributed.world()
         self.data = None if windows is None else hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest()
         self.decomposers = {name: d for job in jobs for name, d in job.decomposers.items()}
         self.formats = {target.name: job.format for job in jobs for target in job.targets}
@@ -126,31 +128,32 @@ class Run:
 
     def candidates(self) -> dict[str, Candidate]:
         """Every target's candidate on the original model, from the store or made now."""
-        pending = self.pending()
+        pending, wanted = distributed.agreed(self._to_do)
         if pending:
             logger.info("%d of %d decompositions to make", len(pending), len(self.targets))
-        of_blocks = tuple(dict.fromkeys(n for job in self.jobs for n in job.allocator.needs))
-        wanted = self._wanted(pending, of_blocks)
         total, made = len(pending), 0
         with self.timings.stage("calibrate"):
             for index, measured in self.drive(wanted):
                 of_block = wanted.get(index, Wanted())
-                for statistic in of_block.block:
+                for statistic in of_block.block if distributed.first() else ():
                     key = self.statistic_key(self.structure.block(index), statistic)
                     self.store.save("statistics", key, {"value": measured.block[statistic]})
-                for target in of_block.targets:
+                for _ in self.decompose_all(list(of_block.targets), measured):
                     made += 1
-                    self.decompose(target, measured)
                     self.progress("decompose", made, total)
                 del measured  # not beside those of the next block
-            for target in pending:
-                if not self.decomposers[target.name].needs:
-                    made += 1
-                    self.decompose(target, NOTHING)
-                    self.progress("decompose", made, total)
+            for _ in self.decompose_all([t for t in pending if not self.decomposers[t.name].needs], NOTHING):
+                made += 1
+                self.progress("decompose", made, total)
+        distributed.barrier()  # what others have made is read from here on
         self.count_once()
         self.forget_states()
         return {target.name: self.stored(target) for target in self.targets}
+
+    def _to_do(self) -> tuple[list[Target], dict[int, Wanted]]:
+        """What the store lacks: targets to decompose, and what to measure in each block."""
+        pending = self.pending()
+        return pending, self._wanted(pending, tuple(dict.fromkeys(n for job in self.jobs for n in job.allocator.needs)))
 
     def count_once(self) -> None:
         """Decomposition runs inside the calibration's loop."""
@@ -213,22 +216,54 @@ class Run:
         """Remove hidden states that a run left that was killed at its last block."""
         if self.windows is not None:
             batches = len(self.windows.split(self.asked.calibrate.batch))
-            for block in range(self.structure.count):
-                self._files(upstream).finished(block, batches)
+            distributed.barrier()
+            for block in range(self.structure.count) if distributed.first() else ():
+                self._files(upstream).remove(block, batches)
 
-    def decompose(self, target: Target, measured: BlockStatistics, upstream: str | None = None) -> None:
-        """Make a candidate and store it, with the statistics that it is read with."""
+    def dealt(self, of: Sequence[Target]) -> list[int]:
+        """The process that each target of a block is dealt to."""
+        owners = distributed.deal([work(target) for target in of], self.loads)
+        for target, owner in zip(of, owners, strict=True):
+            self.loads[owner] += work(target)
+        return owners
+
+    def decompose_all(
+        self, of_block: Sequence[Target], measured: BlockStatistics, upstream: str | None = None
+    ) -> Iterator[Target]:
+        """`decompose` targets, those that are dealt to this process; yields each one that it is done with."""
+        keepers: dict[tuple[str, Any], str] = {}  # of a statistic that several read, one stores it
+        for target in of_block:
+            keepers = dict.fromkeys(self._keeps(target), target.name) | keepers
+        for target, owner in zip(of_block, self.dealt(of_block), strict=True):
+            if owner == distributed.rank():
+                kept = {place for place, keeper in keepers.items() if keeper == target.name}
+                self.decompose(target, measured, upstream, kept)
+            yield target
+
+    def _keeps(self, target: Target) -> dict[tuple[str, Any], Part]:
+        """The statistics that are stored with a target, by place, and the part that they are of."""
+        decomposer = self.decomposers[target.name]
+        chosen = decomposer.needs if target.name in self.lean else decomposer.keeps
+        return {(_place(part, s), s): part for part in target.parts for s in chosen}
+
+    def decompose(
+        self,
+        target: Target,
+        measured: BlockStatistics,
+        upstream: str | None = None,
+        kept: Collection[tuple[str, Any]] | None = None,
+    ) -> None:
+        """Make a candidate and store it, with the statistics that it is read with; kept: of these alone."""
         start = time.perf_counter()
         with self.timings.stage("decompose"):
             decomposer, lean = self.decomposers[target.name], target.name in self.lean
             weights = {module: w.to(self.device) for module, w in self._weights(target).items()}
             stats = measured.of(target)
             candidate = decomposer.decompose(target, weights, stats)
-            for part in target.parts:
-                for statistic in decomposer.needs if lean else decomposer.keeps:
-                    key = self.statistic_key(_place(part, statistic), statistic, upstream)
-                    if not self.store.has("statistics", key):
-                        self.store.save("statistics", key, {"value": stats[part.module][statistic]})
+            for (place, statistic), part in self._keeps(target).items():
+                key = self.statistic_key(place, statistic, upstream)
+                if (kept is None or (place, statistic) in kept) and not self.store.has("statistics", key):
+                    self.store.save("statistics", key, {"value": stats[part.module][statistic]})
             made = packed(candidate, self._kept_format(target))
             if lean:
                 spectrum = {name: t for name, t in made.items() if name.startswith("units.")}
@@ -289,6 +324,19 @@ class Run:
         format = self.formats[target.name]
         return candidate.priced(format, budget.unit_cost(format, target.parts[0]))
 
+    def settle_all(
+        self, candidates: Sequence[Candidate], choices: Mapping[str, Choice], upstream: str | None
+    ) -> Iterator[tuple[str, Choice]]:
+        """`settle` all, each in the process that it is dealt to; by name of the target."""
+        if distributed.world() > 1:
+            searched = [c for c in candidates if type(c).settle is not Candidate.settle]
+            for candidate, owner in zip(searched, self.dealt([c.target for c in searched]), strict=True):
+                if owner == distributed.rank():
+                    self.settle(candidate, choices[candidate.target.name], upstream)
+            distributed.barrier()
+        for candidate in candidates:
+            yield candidate.target.name, self.settle(candidate, choices[candidate.target.name], upstream)
+
     def settle(self, candidate: Candidate, choice: Choice, upstream: str | None) -> Choice:
         """The best choice known of a size, from the store or found now."""
         if type(candidate).settle is Candidate.settle:
@@ -312,6 +360,11 @@ class Run:
 def _place(part: Part, statistic: Any) -> str:
     """Where a statistic of a part is taken: at its input, which others may share, or at its weight."""
     return part.module if statistic.where == "gradient" else part.input
+
+
+def work(target: Target) -> float:
+    """What factorising a target's matrices costs, up to a factor: out · in · min(out, in)."""
+    return float(sum(part.parameters * min(part.out_features, part.in_features) for part in target.parts))
 
 
 def named(method: Any) -> str:
