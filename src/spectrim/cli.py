@@ -99,7 +99,7 @@ def _alone(command: str) -> None:
     if launch.processes() == 1:
         return
     if not launch.first():
-        raise typer.Exit  # the first one says it
+        raise SystemExit(0)  # the first one says it
     raise ValueError(
         f"{command} runs in one process: start it without torchrun (spectrim {command} …). compress and finetune are "
         "what several processes share"
