@@ -95,15 +95,10 @@ def _failures() -> Iterator[None]:
 
 
 def _alone(command: str) -> None:
-    """Refuse to run in several processes, all of which would do the same and write the same files."""
-    if launch.processes() == 1:
-        return
+    """Refuse to run in several processes."""
     if not launch.first():
         raise SystemExit(0)  # the first one says it
-    raise ValueError(
-        f"{command} runs in one process: start it without torchrun (spectrim {command} …). compress and finetune are "
-        "what several processes share"
-    )
+    launch.alone(command)
 
 
 @contextmanager

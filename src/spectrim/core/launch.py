@@ -18,6 +18,14 @@ def first() -> bool:
     return processes() == 1 or os.environ["RANK"] == "0"
 
 
+def alone(command: str) -> None:
+    """Raise ValueError among several processes, all of which would do the same and write the same files."""
+    if processes() > 1:
+        raise ValueError(
+            f"{command} runs in one process: start it without torchrun. compress and finetune are what several share"
+        )
+
+
 def which() -> str:
     """Which of several this is, for messages; empty for one alone."""
     return "" if processes() == 1 else f" in process {os.environ['RANK']} of {processes()}"
