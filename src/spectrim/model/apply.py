@@ -226,7 +226,8 @@ def streamed(
     replaced = {checkpoint.stored_key(f"{module}.weight"): module for module in place.specs}
     # a bias goes with its weight: it may lose rows, or get an offset
     biases = {key for name, key in stored.items() if name.removesuffix(".bias") in place.specs and key not in replaced}
-    items, costs = [], list[float]()
+    items: list[Item] = []
+    costs: list[float] = []
     for key in checkpoint.where:
         if key in replaced:
             module = replaced[key]
@@ -236,9 +237,9 @@ def streamed(
         elif key not in biases:
             items.append(_copy(checkpoint, key, dtype))
             costs.append(0.0)
-    with delivered(items, costs) as items:
+    with delivered(items, costs) as ready:
         if directory is not None:
-            _write(checkpoint, place, items, directory, dtype, shard_bytes, progress)
+            _write(checkpoint, place, ready, directory, dtype, shard_bytes, progress)
 
 
 def _write(
