@@ -7,6 +7,7 @@ another way, and wait for ever. The first one looks, and says (`agreed`).
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -153,7 +154,8 @@ def connected() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).strip().partition("\n")[0]
+        # without the place in its source, which comes first, and the advice, which comes after
+        reason = re.sub(r"^\[\S+\]\s*", "", str(error).strip()).partition("\n")[0].partition(". ")[0]
         raise Lost(
             f"another process ended or does not answer; look for its own error. Finished work is kept ({reason})"
         ) from error
