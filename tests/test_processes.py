@@ -17,6 +17,7 @@ from torch import Tensor
 
 import spectrim
 from spectrim.model import loading
+from spectrim.run import Run
 from tests.conftest import save_model, tree_hash
 from tests.families import FAMILIES, VOCABULARY
 from tests.processes import SOURCE, compressed_together, ended, started
@@ -172,6 +173,30 @@ def test_every_way_of_measuring_and_training_is_shared(model: Path, folder: Path
         same_statistics(folder / f"one-{name}.work", folder / f"two-{name}.work")
     same_output(folder / "one-lorap", folder / "limited", 1e-5)
     assert not list((folder / "limited.work" / "states").iterdir())
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_from_what_one_began(model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the second pass of a sequential run, with hidden states in files."""
+    original, count = Run.decompose, 0
+
+    def stopped(self: Run, *arguments: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 5:
+            raise ValueError("stopped")
+        original(self, *arguments)
+
+    run = a_run(model, folder, "lorap", memory="40MB")
+    with monkeypatch.context() as patched, pytest.raises(ValueError, match="stopped"):
+        patched.setattr(Run, "decompose", stopped)
+        alone(run)
+    kept = tree_hash(folder / "two-lorap.work" / "candidate")
+    assert kept
+    compressed_together(folder, [run])
+    alone(a_run(model, folder, "lorap", side="one"))
+    same_output(folder / "one-lorap", folder / "two-lorap", 1e-5)
+    assert kept.items() <= tree_hash(folder / "two-lorap.work" / "candidate").items()
 
 
 @pytest.mark.slow
