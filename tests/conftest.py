@@ -96,7 +96,7 @@ def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each driver was started and how many matrices were factorised."""
-    from spectrim import run
+    from spectrim import driving
     from spectrim.methods import svd
 
     counted: Counter[str] = Counter()
@@ -110,7 +110,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
         monkeypatch.setattr(module, name, wrapped)
 
-    counting(run, "streamed")
-    counting(run, "resident")
+    counting(driving, "streamed")
+    counting(driving, "resident")
     counting(svd, "directions")
     return counted

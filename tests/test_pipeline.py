@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import spectrim
-from spectrim import recipe, run
+from spectrim import driving, recipe
 from spectrim.calibrate.statistics import Cosine
 from spectrim.core import budget, registry
 from spectrim.core.plan import Plan
@@ -150,13 +150,13 @@ def test_the_seed_reaches_the_windows(llama_dir: Path, text_file: Path, tmp_path
 def seen_windows(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The calibration tokens that reach the driver."""
     seen: list[Tensor] = []
-    original = run.streamed
+    original = driving.streamed
 
     def keeping(source: Any, structure: Any, batches: Any, *rest: Any) -> Iterator[Any]:
         seen.append(torch.cat([batch.ids for batch in batches]))
         return original(source, structure, batches, *rest)
 
-    monkeypatch.setattr(run, "streamed", keeping)
+    monkeypatch.setattr(driving, "streamed", keeping)
     return seen
 
 

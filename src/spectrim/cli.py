@@ -7,8 +7,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +16,7 @@ import typer
 from rich.markup import escape
 
 from spectrim import show
+from spectrim.core import launch
 from spectrim.show import err_console, out_console
 
 app = typer.Typer(
@@ -58,8 +59,12 @@ def _terminate(number: int, frame: object) -> None:
 
 @contextmanager
 def _failures() -> Iterator[None]:
-    """Bad input as one message: exit code 2 for what was asked, 1 for what failed, 128 + its number for a signal."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)
+    """Bad input as one message: exit code 2 for what was asked, 1 for what failed, 128 + its number for a signal.
+
+    Of several processes the first one warns; each says what went wrong in itself.
+    """
+    level = logging.WARNING if launch.first() else logging.ERROR
+    logging.basicConfig(level=level, format="%(levelname)s %(message)s", stream=sys.stderr)
     ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     if ours:
         signal.signal(signal.SIGTERM, _terminate)
@@ -72,17 +77,39 @@ def _failures() -> Iterator[None]:
         if not isinstance(error, (ValueError, TypeError, OSError, ImportError, RuntimeError, StoreError)):
             raise
 
-        err_console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        err_console.print(f"[red]error{launch.which()}:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         if os.environ.get("SPECTRIM_TRACEBACK"):
             raise
         raise typer.Exit(2 if isinstance(error, RecipeError) else 1) from error
     except KeyboardInterrupt as stopped:
         word, number = ("terminated", 143) if isinstance(stopped, _Terminated) else ("interrupted", 130)
-        err_console.print(f"{word}; no output was written, and finished work is kept for the next run")
+        if launch.first():
+            err_console.print(f"{word}; no output was written, and finished work is kept for the next run")
         raise typer.Exit(number) from None
     finally:
         if ours:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _alone(command: str) -> None:
+    """Refuse to run in several processes."""
+    if not launch.first():
+        raise SystemExit(0)  # the first one says it
+    launch.alone(command)
+
+
+@contextmanager
+def _joined(device: str) -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """Together with the processes of one torchrun, if there are several; what they do alike fails in one of them."""
+    if launch.processes() == 1:
+        yield nullcontext
+        return
+    import torch
+
+    from spectrim.core import distributed
+
+    with distributed.joined(torch.device(device)):
+        yield distributed.alike
 
 
 @contextmanager
@@ -150,14 +177,18 @@ def compress(
     as_json: Json = False,
 ) -> None:
     """Compress MODEL into a smaller checkpoint that plain transformers loads."""
-    with _failures(), _bars() as progress:
-        asked = _recipe(recipe, ratio, format, set_, sequences=sequences, length=length, seed=seed)
+    with _failures(), _bars() as progress, _joined(device) as alike:
+        with alike():
+            asked = _recipe(recipe, ratio, format, set_, sequences=sequences, length=length, seed=seed)
+            kind = _dtype(dtype)
         from spectrim import pipeline
 
         result = pipeline.compress(
-            model, asked, text=text, out=out, work=work, device=device, dtype=_dtype(dtype), overwrite=overwrite,
+            model, asked, text=text, out=out, work=work, device=device, dtype=kind, overwrite=overwrite,
             trust_remote_code=trust_remote_code, memory=memory, progress=progress,
         )  # fmt: skip
+    if not launch.first():
+        return
     if as_json:
         show.as_json({**result.summary, "run": result.run})
         return
@@ -180,6 +211,7 @@ def evaluate(
 ) -> None:
     """Perplexity, parameters and bytes of a model; with --reference the KL, with --speed the speed."""
     with _failures(), _bars() as progress:
+        _alone("evaluate")
         from spectrim import commands
 
         report = commands.evaluate(
@@ -218,6 +250,7 @@ def compare(
 ) -> None:
     """Measure recipes against each other at the same ratios, on the same text; a killed comparison goes on."""
     with _failures(), _bars() as progress:
+        _alone("compare")
         wanted = [_number(each) for each in _listed(ratios)]
         from spectrim.measure.compare import compare as run
 
@@ -303,6 +336,7 @@ def plan(
 ) -> None:
     """Say what a run would do and need, before anything heavy."""
     with _failures():
+        _alone("plan")
         asked = _recipe(recipe, ratio, format, set_, sequences=sequences, length=length)
         from spectrim.estimate import estimate
 
@@ -322,6 +356,7 @@ def export(
 ) -> None:
     """Write a compressed model in a form that needs nothing of ours."""
     with _failures():
+        _alone("export")
         if format != "dense":
             raise typer.BadParameter(f"--format {format}: known is dense")
         from spectrim.model.export import export_dense
@@ -358,6 +393,7 @@ def demo(
 ) -> None:
     """Compress the bundled model, measure it before and after, and let both write."""
     with _failures(), _bars() as progress:
+        _alone("demo")
         from spectrim import commands
 
         report = commands.demo(out, ratio, progress)

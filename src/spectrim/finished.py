@@ -11,12 +11,13 @@ from typing import Any
 
 from spectrim.core.plan import Plan
 from spectrim.core.store import hash_of
+from spectrim.driving import text_hash
 from spectrim.model import writer
 from spectrim.model.apply import SIDE_FILES
 from spectrim.model.checkpoint import Checkpoint
 from spectrim.model.files import file_hash
 from spectrim.recipe import Recipe
-from spectrim.run import Run, text_hash
+from spectrim.run import Run
 
 logger = logging.getLogger(__name__)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import platform
 import resource
+import socket
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,10 +21,10 @@ from transformers import PreTrainedModel
 
 from spectrim import finished, lean, needs
 from spectrim import recipe as recipes
-from spectrim.core import heap, lock
+from spectrim.core import distributed, heap, lock
 from spectrim.core.plan import Candidate, Plan
 from spectrim.core.progress import Progress, silent
-from spectrim.core.store import Store, hash_of, write_json
+from spectrim.core.store import Store, StoreError, appears, hash_of, write_json
 from spectrim.data import text as texts
 from spectrim.jobs import Job, allocate_early, plan_jobs
 from spectrim.measure.evaluate import max_positions, parameters
@@ -77,36 +79,57 @@ def compress(
     (with `tokenizer` for a live model), or token windows; needed where the recipe measures anything. work: where
     statistics and decompositions are kept for the next run (default `out`.work); without `out`, a live model's are
     kept only if given. memory: what the run may hold beside its imports (`6GB`, `512MiB`, bytes): hidden states that
-    do not fit lie in files in the work directory, and a killed run goes on at its block. Raises ValueError (and
-    RecipeError, StoreError) before anything heavy for bad input, a limit that is too low, or a disk that is too full.
+    do not fit lie in files in the work directory, and a killed run goes on at its block. Several processes of torchrun,
+    given the same, share the work, and all return the result. Raises ValueError (and RecipeError, StoreError) before
+    anything heavy for bad input, a limit that is too low, or a disk that is too full; distributed.Lost where another
+    process failed.
     """
     shortcuts = {"ratio": ratio, "sequences": sequences, "length": length, "seed": seed, "format": format}
-    asked = recipes.build(recipe, shortcuts, settings)
-    limit = None if memory is None else needs.parse_size(memory)
+    device = torch.device(device)
+    distributed.join(device)
     timings = Timings()
-    with timings.stage("read"):
-        source = _source(model, out, device, overwrite, trust_remote_code, asked)
-        if text is None and model == "reference":
-            text = "reference"
-        if isinstance(source, Checkpoint) and tokenizer is None and text is not None and not isinstance(text, Tensor):
-            tokenizer = read_tokenizer(source.directory, trust_remote_code)
-    with timings.stage("targets"):
-        structure = blocks.share_inputs(source.model, targets.find(source.model))
-        jobs = plan_jobs(asked, structure)
-        early = [allocate_early(job, asked) for job in jobs]
-        setting = _setting(source, structure, asked, jobs, text)
-        room = None if limit is None else needs.room(setting, limit)
+    with distributed.alike():
+        device = distributed.own(device)
+        asked = recipes.build(recipe, shortcuts, settings)
+        limit = None if memory is None else needs.parse_size(memory)
+        with timings.stage("read"):
+            source = _source(model, out, device, overwrite, trust_remote_code, asked)
+            if text is None and model == "reference":
+                text = "reference"
+            by_name = text is not None and not isinstance(text, Tensor)
+            if isinstance(source, Checkpoint) and tokenizer is None and by_name:
+                tokenizer = read_tokenizer(source.directory, trust_remote_code)
+        with timings.stage("targets"):
+            structure = blocks.share_inputs(source.model, targets.find(source.model))
+            jobs = plan_jobs(asked, structure)
+            early = [allocate_early(job, asked) for job in jobs]
+            setting = _setting(source, structure, asked, jobs, text)
+            room = None if limit is None else needs.room(setting, limit)
     with _store(work, out) as store:
-        with timings.stage("text"):
-            windows = _windows(asked, jobs, text, tokenizer, source.model, store)
-        run = Run(source, structure, asked, jobs, windows, torch.device(device), store, timings, progress, dtype)
-        made = finished.compressed(run, out, overwrite)
+        shown = progress if distributed.first() else silent
+        with distributed.alike():
+            with timings.stage("text"):
+                windows = _windows(asked, jobs, text, tokenizer, source.model, store)
+            run = Run(source, structure, asked, jobs, windows, device, store, timings, shown, dtype)
+            _check_same(run, out)
+        made = distributed.agreed(lambda: finished.compressed(run, out, overwrite))
         if made is not None:
             return Result(*made, directory=Path(str(out)))
         run.room = room
-        run.lean = _lean(run, setting, early, out)
+        run.lean = distributed.agreed(lambda: _lean(run, setting, early, out))
         plan, candidates = planned(run, early)
         return _finish(run, plan, candidates, out, overwrite, dtype)
+
+
+def _check_same(run: Run, out: str | Path | None) -> None:
+    """Raise ValueError where processes of one run were given different things."""
+    distributed.same(
+        {
+            "the recipe": hash_of(run.asked.model_dump()), "the model's weights": run.fingerprint,
+            "the calibration text": run.data or "", "the device": run.device.type, "the output": str(out),
+            "the dtype": str(run.dtype), "the work directory": str(run.store.directory),
+        }
+    )  # fmt: skip
 
 
 def _source(
@@ -131,17 +154,44 @@ def _source(
 @contextmanager
 def _store(work: str | Path | None, out: Path | str | None) -> Iterator[Store]:
     """The work directory, which no other run may use meanwhile; a temporary one for a live model without `work`."""
-    import tempfile
-
-    if work is None and out is None:
-        with tempfile.TemporaryDirectory(prefix="spectrim-") as folder:
-            yield Store(Path(folder))
-        return
-    store = Store(Path(work if work is not None else f"{out}.work"))
-    with lock.held(store.directory) as alone:
-        if alone:
-            store.tidy()
+    with ExitStack() as stack:
+        with distributed.alike():
+            if work is None and out is None:
+                directory = Path(distributed.agreed(lambda: stack.enter_context(_temporary())))
+                store = Store(directory)
+            else:
+                store = Store(Path(work if work is not None else f"{out}.work"))
+                alone = stack.enter_context(lock.held(store.directory))
+                if alone:
+                    store.tidy()
+        _check_shared(store.directory)
         yield store
+
+
+@contextmanager
+def _temporary() -> Iterator[str]:
+    with tempfile.TemporaryDirectory(prefix="spectrim-") as folder:
+        yield folder
+
+
+def _check_shared(directory: Path) -> None:
+    """Raise StoreError where not all processes see the work directory."""
+    if distributed.world() == 1:
+        return
+    with ExitStack() as stack:
+
+        def mark() -> str:
+            directory.mkdir(parents=True, exist_ok=True)
+            return Path(stack.enter_context(tempfile.NamedTemporaryFile(dir=directory, prefix=".seen-")).name).name
+
+        name = distributed.agreed(mark)
+        seen = distributed.gathered(None if appears(directory / name) else socket.gethostname())
+    blind = [f"process {number} on {host}" for number, host in enumerate(seen) if host is not None]
+    if blind:
+        raise StoreError(
+            f"{', '.join(blind)} cannot see {directory}: the work directory must lie on a file system that all "
+            "machines share; give one with --work"
+        )
 
 
 def _setting(
@@ -212,10 +262,14 @@ def _windows(
         "text": texts.fingerprint(sources), "tokenizer": _tokenizer_hash(tokenizer),
         "sequences": settings.sequences, "length": length, "seed": settings.seed,
     }  # fmt: skip
-    if not store.has("windows", key):
-        windows = texts.sample_windows(sources, tokenizer, settings.sequences, length, settings.seed)
-        _check_windows(windows, model)
-        store.save("windows", key, {"ids": windows})
+
+    def make() -> None:
+        if not store.has("windows", key):
+            windows = texts.sample_windows(sources, tokenizer, settings.sequences, length, settings.seed)
+            _check_windows(windows, model)
+            store.save("windows", key, {"ids": windows})
+
+    distributed.agreed(make)
     return store.load("windows", key)["ids"]
 
 
@@ -255,16 +309,25 @@ def _finish(
             apply.live(model, run.structure, plan, candidates, run.progress)
         summary = _summary(run, plan, before["total"], parameters(model)["total"])
         return Result(plan, summary, _facts(run), model=model)
-    assert isinstance(run.source, Checkpoint)
-    with writer.new_directory(Path(out), overwrite) as directory:
-        with run.timings.stage("write"):
-            apply.streamed(run.source, run.structure, plan, candidates, directory, dtype, progress=run.progress)
-        before, after = parameters(run.source.directory), parameters(directory)
-        summary, facts = _summary(run, plan, before["total"], after["total"]), _facts(run)
-        summary |= finished.record(directory, finished.request_of(run))
-        write_json(directory / "spectrim.json", summary)
-        write_json(directory / "run.json", facts)
-    return Result(plan, summary, facts, directory=Path(out))
+    source, final = run.source, Path(out)
+    assert isinstance(source, Checkpoint)
+    with ExitStack() as stack:
+        directory = distributed.agreed(lambda: stack.enter_context(writer.new_directory(final, overwrite)))
+        with distributed.alike(), run.timings.stage("write"):
+            own = directory if distributed.first() else None
+            apply.streamed(source, run.structure, plan, candidates, own, dtype, progress=run.progress)
+
+        def described() -> tuple[dict[str, Any], dict[str, Any]]:
+            before, after = parameters(source.directory), parameters(directory)
+            summary, facts = _summary(run, plan, before["total"], after["total"]), _facts(run)
+            summary |= finished.record(directory, finished.request_of(run))
+            write_json(directory / "spectrim.json", summary)
+            write_json(directory / "run.json", facts)
+            return summary, facts
+
+        summary, facts = distributed.agreed(described)
+    distributed.barrier()  # the first process has put it in its place
+    return Result(plan, summary, facts, directory=final)
 
 
 def _summary(run: Run, plan: Plan, total_before: int, total_after: int) -> dict[str, Any]:
@@ -295,6 +358,7 @@ def _facts(run: Run) -> dict[str, Any]:
             "machine": platform.machine(),
             "device": str(run.device) if run.device.type == "cpu" else torch.cuda.get_device_name(run.device),
             "threads": torch.get_num_threads(),
+            "processes": distributed.world(),
         },
         "timings": {name: round(seconds, 4) for name, seconds in run.timings.seconds.items()},
         "peak_rss_bytes_until": run.timings.peaks,

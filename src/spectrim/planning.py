@@ -9,12 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
+from spectrim.core import distributed
 from spectrim.core import plan as plans
 from spectrim.core.plan import Candidate, Plan, Target
+from spectrim.core.store import hash_of
+from spectrim.driving import text_hash
 from spectrim.jobs import Job, allocate
 from spectrim.model.checkpoint import Checkpoint
 from spectrim.model.live import Installed
-from spectrim.run import Run, named, text_hash
+from spectrim.run import Run, named
 from spectrim.second import second_pass
 from spectrim.stored import StoreSlot
 from spectrim.towards import pass_towards_dense
@@ -33,19 +36,33 @@ def planned(run: Run, early: Sequence[Plan | None]) -> tuple[Plan, dict[str, Can
         with run.timings.stage("allocate"):
             live = _Lazily(lambda: _live(run, candidates))
             pairs = zip(early, run.jobs, strict=True)
-            chosen = [done or _allocate(run, job, candidates, live) for done, job in pairs]
+            chosen = [done or _allocated(run, job, candidates, live) for done, job in pairs]
         merged = plans.merge(chosen)
         candidates |= {name: replace(candidates[name], learned=made) for name, made in merged.learned.items()}
         plan = _settled(run, merged, candidates)
         if sequential:
             plan, candidates = _again(run, plan, candidates)
     plan = replace(plan, notes=(*run.structure.notes, *plan.notes))
+    if distributed.together():
+        distributed.same({"the plan that they made of the same figures": hash_of(plan.to_json())})
+    if distributed.first():
+        _keep(run, plan)
+    return plan, candidates
+
+
+def _keep(run: Run, plan: Plan) -> None:
     key = {"recipe": run.asked.model_dump(), "weights": run.fingerprint, "text": run.data}
     run.store.save_json("plan", key, plan.to_json())
     if plan.learned:
         learned = {f"{target}.{name}": t for target, made in plan.learned.items() for name, t in made.items()}
         run.store.save("plan", key, learned)
-    return plan, candidates
+
+
+def _allocated(run: Run, job: Job, candidates: Mapping[str, Candidate], live: _Lazily) -> Plan:
+    """The plan of a job; what is not measured on the model is reckoned by the first process for all."""
+    if job.allocator.sees == "model":
+        return _allocate(run, job, candidates, live)
+    return distributed.agreed(lambda: _allocate(run, job, candidates, live))
 
 
 def _again(run: Run, plan: Plan, first: dict[str, Candidate] | None) -> tuple[Plan, dict[str, Candidate]]:
@@ -111,8 +128,9 @@ def _remember(run: Run, upstream: Mapping[str, Any]) -> Callable[..., Mapping[st
         name: str, fields: Mapping[str, Any], make: Callable[[], Mapping[str, Tensor]]
     ) -> Mapping[str, Tensor]:
         key = {**upstream, "fields": json.dumps(fields, sort_keys=True)}
-        if not run.store.has(name, key):
-            run.store.save(name, key, make())
+        if not distributed.agreed(lambda: run.store.has(name, key)):
+            made = make()
+            distributed.agreed(lambda: run.store.save(name, key, made))
         return run.store.load(name, key)
 
     return remember
@@ -121,11 +139,12 @@ def _remember(run: Run, upstream: Mapping[str, Any]) -> Callable[..., Mapping[st
 def _settled(run: Run, plan: Plan, candidates: Mapping[str, Candidate]) -> Plan:
     """The plan with each candidate's best choice of the size that it was given."""
     choices = dict(plan.choices)
-    pending = [name for name in sorted(choices) if type(candidates[name]).settle is not Candidate.settle]
-    for i, name in enumerate(pending):
+    pending = [candidates[n] for n in sorted(choices) if type(candidates[n]).settle is not Candidate.settle]
+    if pending:
         with run.timings.stage("settle"):
-            choices[name] = run.settle(candidates[name], choices[name], None)
-        run.progress("settle", i + 1, len(pending))
+            for i, (name, choice) in enumerate(run.settle_all(pending, plan.choices, None)):
+                choices[name] = choice
+                run.progress("settle", i + 1, len(pending))
     return run.recounted(plan, choices)
 
 

@@ -2,39 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 
+from spectrim import driving
 from spectrim.calibrate.collect import BlockStatistics, Wanted
-from spectrim.calibrate.paired import Paired
-from spectrim.calibrate.resident import resident
-from spectrim.calibrate.states import InFiles, InMemory
-from spectrim.calibrate.streamed import streamed
-from spectrim.core import budget
+from spectrim.core import budget, distributed
 from spectrim.core import plan as plans
 from spectrim.core.plan import Candidate, Choice, Part, Plan, Target
 from spectrim.core.progress import Progress
 from spectrim.core.store import Store
 from spectrim.jobs import Job
 from spectrim.model import targets
-from spectrim.model.blocks import Batch
 from spectrim.model.checkpoint import Weights
-from spectrim.recipe import Calibrate, Recipe, RecipeError
+from spectrim.recipe import Recipe
 from spectrim.stored import packed, unpacked_units
 
 logger = logging.getLogger(__name__)
-
-Windows = Int[Tensor, "_ length"]
 
 NOTHING = BlockStatistics({}, {}, {})
 
@@ -77,7 +70,7 @@ class Run:
         self.source, self.structure, self.asked, self.jobs = source, structure, asked, jobs
         self.device, self.store = device, store
         # of statistics; what allocators run the model on and shares are chosen on; what accepts the second pass
-        self.windows, self.select, self.accept = shared_out(windows, asked.calibrate)
+        self.windows, self.select, self.accept = driving.shared_out(windows, asked.calibrate)
         self.timings, self.progress, self.dtype = timings, progress, dtype
         with timings.stage("fingerprint"):
             self.fingerprint = source.fingerprint() if fingerprint is None else fingerprint
@@ -85,7 +78,9 @@ class Run:
         self.room: int | None = None
         # targets whose factors are not stored
         self.lean: frozenset[str] = frozenset()
-        self.data = text_hash(self.windows)
+        # what each process has had to do so far
+        self.loads = [0.0] * distributed.world()
+        self.data = driving.text_hash(self.windows)
         self.decomposers = {name: d for job in jobs for name, d in job.decomposers.items()}
         self.kept = {target.name: job.keeps(target) for job in jobs for target in job.targets}
         self.formats = {target.name: job.format for job in jobs for target in job.targets}
@@ -136,36 +131,37 @@ class Run:
 
     def candidates(self) -> dict[str, Candidate]:
         """Every target's candidate on the original model, from the store or made now."""
-        pending = self.pending()
+        pending, wanted = distributed.agreed(self._to_do)
         if pending:
             logger.info("%d of %d decompositions to make", len(pending), len(self.targets))
-        of_blocks = tuple(dict.fromkeys(n for job in self.jobs for n in job.allocator.needs))
-        wanted = self._wanted(pending, of_blocks)
         total, made = len(pending), 0
         with self.timings.stage("calibrate"):
-            for index, measured in self.drive(wanted):
+            for index, measured in driving.drive(self, wanted):
                 of_block = wanted.get(index, Wanted())
-                for statistic in of_block.block:
+                for statistic in of_block.block if distributed.first() else ():
                     key = self.statistic_key(self.structure.block(index), statistic)
                     self.store.save("statistics", key, {"value": measured.block[statistic]})
-                for target in of_block.targets:
+                for _ in self.decompose_all(list(of_block.targets), measured):
                     made += 1
-                    self.decompose(target, measured)
                     self.progress("decompose", made, total)
                 del measured  # not beside those of the next block
-            for target in pending:
-                if not self.decomposers[target.name].needs:
-                    made += 1
-                    self.decompose(target, NOTHING)
-                    self.progress("decompose", made, total)
+            for _ in self.decompose_all([t for t in pending if not self.decomposers[t.name].needs], NOTHING):
+                made += 1
+                self.progress("decompose", made, total)
+        distributed.barrier()  # what others have made is read from here on
         self.count_once()
-        self.forget_states()
+        driving.forget_states(self)
         return {target.name: self.stored(target) for target in self.targets}
 
     def inside(self, plan: Plan) -> list[list[Target]]:
         """The targets that a plan has choices for, by the block that they end in."""
         chosen = [target for target in self.targets if target.name in plan.choices]
         return [[t for t in chosen if t.blocks[-1] == index] for index in range(self.structure.count)]
+
+    def _to_do(self) -> tuple[list[Target], dict[int, Wanted]]:
+        """What the store lacks: targets to decompose, and what to measure in each block."""
+        pending = self.pending()
+        return pending, self._wanted(pending, tuple(dict.fromkeys(n for job in self.jobs for n in job.allocator.needs)))
 
     def count_once(self) -> None:
         """Decomposition runs inside the calibration's loop."""
@@ -184,83 +180,48 @@ class Run:
                 wanted[index] = Wanted(inside, missing)
         return wanted
 
-    def drive(
-        self,
-        wanted: Mapping[int, Wanted],
-        sequential: bool = False,
-        upstream: Callable[[int], str | None] = lambda block: None,
-    ) -> Iterator[tuple[int, BlockStatistics]]:
-        """Blocks with their statistics; upstream: in a second pass, what the states entering a block come from."""
-        if not wanted:
-            return iter(())
-        assert self.windows is not None
-        tokens = self.windows.numel()
-        widest = max(p.in_features for t in self.structure.targets for p in t.parts)
-        if tokens < widest:
-            logger.warning(
-                "%d calibration tokens for inputs of width %d: statistics are rank deficient", tokens, widest
-            )
-        batches = [Batch(ids) for ids in self.windows.split(self.asked.calibrate.batch)]
-        if not any(s.needs_gradient for w in wanted.values() for chosen in w.targets.values() for s in chosen):
-            states = InMemory() if self.room is None else self._files(upstream if sequential else None)
-            return streamed(
-                self.source, self.structure, batches, wanted, self.device, self.progress, sequential, states
-            )
-        model = self.source.whole(self.device)
-        return resident(model, self.structure, batches, wanted, self.progress)
+    def dealt(self, of: Sequence[Target]) -> list[int]:
+        """The process that each target of a block is dealt to."""
+        owners = distributed.deal([work(target) for target in of], self.loads)
+        for target, owner in zip(of, owners, strict=True):
+            self.loads[owner] += work(target)
+        return owners
 
-    def paired(
+    def decompose_all(
         self,
-        installed: dict[str, nn.Module],
-        upstream: Callable[[int], str | None] | None = None,
-        windows: Windows | None = None,
-    ) -> Paired:
-        """The dense stream and the compressed one, which runs through the modules of `installed`.
+        of_block: Sequence[Target],
+        measured: BlockStatistics,
+        upstream: str | None = None,
+        instead: Callable[[Target], Mapping[str, Tensor]] | None = None,
+    ) -> Iterator[Target]:
+        """`decompose` targets, those that are dealt to this process; yields each one that it is done with.
 
-        upstream: what the compressed states entering a block come from, where they are to be found again; windows:
-        instead of those of statistics.
+        instead: gives, by module, the matrices that are decomposed in the place of a target's own.
         """
-        windows = self.windows if windows is None else windows
-        assert windows is not None
-        asked, files = self.asked.calibrate, upstream is not None and self.room is not None
-        batches = [Batch(ids) for ids in windows.split(asked.batch)]
-        of_dense, of_compressed = (self._files(each) if files else InMemory() for each in (None, upstream))
-        return Paired(
-            self.source, self.structure, batches, self.device, of_dense, of_compressed, asked.residual_aware,
-            self.progress, installed,
-        )  # fmt: skip
+        keepers: dict[tuple[str, Any], str] = {}  # of a statistic that several read, one stores it
+        for target in of_block:
+            keepers = dict.fromkeys(self._keeps(target), target.name) | keepers
+        for target, owner in zip(of_block, self.dealt(of_block), strict=True):
+            if owner == distributed.rank():
+                kept = {place for place, keeper in keepers.items() if keeper == target.name}
+                self.decompose(target, measured, upstream, kept, None if instead is None else instead(target))
+            yield target
 
-    def _files(self, upstream: Callable[[int], str | None] | None) -> InFiles:
-        """Hidden states in the store, those of the second pass under what they come from."""
-        made = {
-            "weights": self.fingerprint, "text": self.data, "dtype": str(self.source.model.dtype),
-            "batch": self.asked.calibrate.batch,
-        }  # fmt: skip
-
-        def key(block: int) -> dict[str, Any] | None:
-            if upstream is None:
-                return made
-            before = upstream(block)
-            return None if before is None else {**made, "upstream": before}
-
-        streams = 2 if self.asked.calibrate.paired else 1
-        return InFiles(self.store, key, (self.room or 0) // streams)
-
-    def forget_states(self, upstream: Callable[[int], str | None] | None = None) -> None:
-        """Remove hidden states that a run left that was killed at its last block."""
-        if self.windows is not None:
-            batches = len(self.windows.split(self.asked.calibrate.batch))
-            for block in range(self.structure.count):
-                self._files(upstream).finished(block, batches)
+    def _keeps(self, target: Target) -> dict[tuple[str, Any], Part]:
+        """The statistics that are stored with a target, by place, and the part that they are of."""
+        decomposer = self.decomposers[target.name]
+        chosen = decomposer.needs if target.name in self.lean else self.kept[target.name]
+        return {(_place(part, s), s): part for part in target.parts for s in chosen}
 
     def decompose(
         self,
         target: Target,
         measured: BlockStatistics,
         upstream: str | None = None,
+        kept: Collection[tuple[str, Any]] | None = None,
         instead: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Make a candidate and store it, with the statistics that it is read with.
+        """Make a candidate and store it, with the statistics that it is read with; kept: of these alone.
 
         instead: by module, matrices that are decomposed in the place of the original ones; stored too.
         """
@@ -272,11 +233,10 @@ class Run:
             weights = {module: w.to(self.device) for module, w in self.weights(target, upstream).items()}
             stats = measured.of(target)
             candidate = decomposer.decompose(target, weights, stats)
-            for part in target.parts:
-                for statistic in decomposer.needs if lean else self.kept[target.name]:
-                    key = self.statistic_key(_place(part, statistic), statistic, upstream)
-                    if not self.store.has("statistics", key):
-                        self.store.save("statistics", key, {"value": stats[part.module][statistic]})
+            for (place, statistic), part in self._keeps(target).items():
+                key = self.statistic_key(place, statistic, upstream)
+                if (kept is None or (place, statistic) in kept) and not self.store.has("statistics", key):
+                    self.store.save("statistics", key, {"value": stats[part.module][statistic]})
             made = packed(candidate, self._kept_format(target))
             if lean:
                 spectrum = {name: t for name, t in made.items() if name.startswith("units.")}
@@ -343,6 +303,19 @@ class Run:
         format = self.formats[target.name]
         return candidate.priced(format, budget.unit_cost(format, target.parts[0]))
 
+    def settle_all(
+        self, candidates: Sequence[Candidate], choices: Mapping[str, Choice], upstream: str | None
+    ) -> Iterator[tuple[str, Choice]]:
+        """`settle` all, each in the process that it is dealt to; by name of the target."""
+        if distributed.world() > 1:
+            searched = [c for c in candidates if type(c).settle is not Candidate.settle]
+            for candidate, owner in zip(searched, self.dealt([c.target for c in searched]), strict=True):
+                if owner == distributed.rank():
+                    self.settle(candidate, choices[candidate.target.name], upstream)
+            distributed.barrier()
+        for candidate in candidates:
+            yield candidate.target.name, self.settle(candidate, choices[candidate.target.name], upstream)
+
     def settle(self, candidate: Candidate, choice: Choice, upstream: str | None) -> Choice:
         """The best choice known of a size, from the store or found now."""
         if type(candidate).settle is Candidate.settle:
@@ -363,28 +336,14 @@ class Run:
         return replace(plan, choices=choices, spent=spent)
 
 
-def shared_out(windows: Windows | None, calibrate: Calibrate) -> tuple[Windows | None, Windows | None, Windows | None]:
-    """The windows of statistics, choices and acceptance. Raises RecipeError where none is left for statistics."""
-    if windows is None:
-        return None, None, None
-    sizes = calibrate.shared_out(len(windows))
-    if sizes[0] < 1:
-        raise RecipeError(
-            f"calibrate.select {calibrate.select} and calibrate.accept {calibrate.accept} leave none of "
-            f"{len(windows)} windows for statistics"
-        )
-    fit, select, accept = windows.split(sizes)
-    return fit, select if len(select) else None, accept if len(accept) else None
-
-
-def text_hash(windows: Windows | None) -> str | None:
-    """What tells calibration tokens from others in a key."""
-    return None if windows is None else hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest()
-
-
 def _place(part: Part, statistic: Any) -> str:
     """Where a statistic of a part is taken: at its input, which others may share, or at its weight."""
     return part.module if statistic.where == "gradient" else part.input
+
+
+def work(target: Target) -> float:
+    """What factorising a target's matrices costs, up to a factor: out · in · min(out, in)."""
+    return float(sum(part.parameters * min(part.out_features, part.in_features) for part in target.parts))
 
 
 def named(method: Any) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
+from spectrim import driving
 from spectrim.calibrate.collect import BlockStatistics, Wanted
+from spectrim.core import distributed
 from spectrim.core.plan import Candidate, Choice, Plan, Target
 from spectrim.core.store import hash_of
 from spectrim.model.live import Installed
@@ -39,13 +40,13 @@ def second_pass(run: Run, plan: Plan) -> tuple[Plan, dict[str, Candidate]]:
     inside = run.inside(plan)
     chain = _Chain()
     done = 0
-    while done < len(inside) and all(run.has(t, chain.upstream) for t in inside[done]):
+    while done < len(inside) and not _missing(run, inside[done], chain):
         _take(run, inside[done], NOTHING, plan, chain)
         done += 1
     pending = {i: {t: tuple(run.decomposers[t.name].needs) for t in inside[i]} for i in range(done, len(inside))}
     wanted = {i: Wanted(of_block) for i, of_block in pending.items() if any(of_block.values())}
     with run.timings.stage("calibrate"):
-        for index, measured in run.drive(wanted, sequential=True, upstream=chain.entering):
+        for index, measured in driving.drive(run, wanted, sequential=True, upstream=chain.entering):
             if index >= done:
                 _take(run, inside[index], measured, plan, chain)
                 done = index + 1
@@ -55,27 +56,31 @@ def second_pass(run: Run, plan: Plan) -> tuple[Plan, dict[str, Candidate]]:
         for of_block in inside[done:]:
             _take(run, of_block, NOTHING, plan, chain)
     run.count_once()
-    run.forget_states(chain.entering)
+    driving.forget_states(run, chain.entering)
     return run.recounted(plan, chain.choices), chain.candidates
 
 
 def _take(run: Run, of_block: Sequence[Target], measured: BlockStatistics, plan: Plan, chain: _Chain) -> None:
     """Candidates and choices of one block, and what the next one's keys say of it."""
-    made: dict[str, Any] = {}
-    for target in of_block:
-        if not run.has(target, chain.upstream):
-            run.decompose(target, measured, chain.upstream)
-        candidate = chain.candidates[target.name] = run.stored(target, chain.upstream)
-        choice = run.settle(candidate, plan.choices[target.name], chain.upstream)
-        chain.choices[target.name] = choice
-        made[target.name] = [run.key(target, chain.upstream), asdict(choice)]
+    for _ in run.decompose_all(_missing(run, of_block, chain), measured, chain.upstream):
+        pass
+    distributed.barrier()  # what others have made is read from here on
+    candidates = {target.name: run.stored(target, chain.upstream) for target in of_block}
+    chain.candidates |= candidates
+    chain.choices |= run.settle_all(list(candidates.values()), plan.choices, chain.upstream)
+    made = {target.name: [run.key(target, chain.upstream), asdict(chain.choices[target.name])] for target in of_block}
     chain.upstreams.append(hash_of({"before": chain.upstream, "made": made}))
+
+
+def _missing(run: Run, of_block: Sequence[Target], chain: _Chain) -> list[Target]:
+    """Those of a block that the store does not have."""
+    return distributed.agreed(lambda: [target for target in of_block if not run.has(target, chain.upstream)])
 
 
 def _install(run: Run, of_block: Sequence[Target], chain: _Chain) -> None:
     """Put a block's compressed modules into the loaded block; the driver takes them out again."""
     assert run.windows is not None
     live = Installed(run.source.model, run.structure, chain.candidates, run.windows, 1)
-    for target in of_block:
-        for name, module in live.built(target.name, chain.choices[target.name]).items():
+    for target, owner in zip(of_block, run.dealt(of_block), strict=True):
+        for name, module in live.built(target.name, chain.choices[target.name], owner).items():
             run.source.model.set_submodule(name, module)

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from spectrim.core import budget
+from spectrim.core import budget, distributed
 from spectrim.core.plan import Candidate, Kind, Units
 from spectrim.core.store import Store
 
@@ -46,7 +46,7 @@ def unpacked_units(stored: Mapping[str, Tensor]) -> tuple[Units, ...]:
 
 @dataclass(frozen=True)
 class StoreSlot:
-    """`core.registry.Slot` in the store."""
+    """`core.registry.Slot` in the store; of several processes the first one writes."""
 
     store: Store
     kind: str
@@ -54,12 +54,19 @@ class StoreSlot:
 
     def load(self) -> Mapping[str, Tensor] | None:
         """The state, None where there is none."""
-        return self.store.load(self.kind, self.key) if self.store.has(self.kind, self.key) else None
+        found = distributed.agreed(lambda: self.store.has(self.kind, self.key))
+        if not found:
+            return None
+        state = self.store.load(self.kind, self.key)
+        distributed.barrier()  # it may be replaced or removed from now on
+        return state
 
     def save(self, state: Mapping[str, Tensor]) -> None:
         """Replace the state, at once or not at all."""
-        self.store.save(self.kind, self.key, state)
+        if distributed.first():
+            self.store.save(self.kind, self.key, state)
 
     def clear(self) -> None:
         """Remove it: the training is done."""
-        self.store.remove(self.kind, self.key)
+        if distributed.first():
+            self.store.remove(self.kind, self.key)

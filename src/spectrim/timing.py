@@ -22,7 +22,7 @@ from spectrim.model import apply
 from spectrim.model.blocks import Batch
 from spectrim.model.checkpoint import Checkpoint
 from spectrim.needs import Setting
-from spectrim.run import NOTHING, Run, Timings, named
+from spectrim.run import NOTHING, Run, Timings, named, work
 
 BATCHES = 3  # the first warms up, and is not counted
 PROBE = 2**25  # bytes that are hashed and written to find how fast that is
@@ -163,8 +163,8 @@ def _extrapolated(
 
 def _of_all(run: Run, seconds: Mapping[Kind, float]) -> float:
     """Of all targets; a kind that was not timed by its multiplications, out · in · min(out, in)."""
-    work = {_kind(run, t): sum(p.parameters * min(p.out_features, p.in_features) for p in t.parts) for t in run.targets}
-    known = sum(work[kind] for kind in seconds)
+    costs = {_kind(run, target): work(target) for target in run.targets}
+    known = sum(costs[kind] for kind in seconds)
     rate = sum(seconds.values()) / known if known else 0.0
     kinds = [_kind(run, target) for target in run.targets]
-    return float(sum(seconds.get(kind, rate * work[kind]) for kind in kinds))
+    return float(sum(seconds.get(kind, rate * costs[kind]) for kind in kinds))

@@ -19,19 +19,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from spectrim import driving
 from spectrim.calibrate.collect import BlockStatistics
 from spectrim.calibrate.paired import Measured, Step, steps_of
 from spectrim.calibrate.statistics import Gram, Statistic
+from spectrim.core import distributed
 from spectrim.core.linalg import pulled
 from spectrim.core.plan import Candidate, Choice, Plan, Target
 from spectrim.core.store import hash_of
 from spectrim.model.live import Installed
-from spectrim.run import Run, Windows
+from spectrim.run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -94,18 +95,18 @@ def _chosen(run: Run, plan: Plan) -> tuple[float, Made, str]:
     return best, made[best], f"calibrate.mix: {best}, of the KL on the windows of select ({tried})"
 
 
-def divergence(run: Run, plan: Plan, candidates: Mapping[str, Candidate], windows: Windows) -> float:
+def divergence(run: Run, plan: Plan, candidates: Mapping[str, Candidate], windows: driving.Windows) -> float:
     """KL(dense ‖ compressed) of a plan, nats a token, block by block; the blocks are not all in memory at once."""
     installed: dict[str, nn.Module] = {}
     live = Installed(run.source.model, run.structure, candidates, windows, 1)
     inside = [
         [t for t in run.targets if t.blocks[-1] == i and t.name in plan.choices] for i in range(run.structure.count)
     ]
-    pair = run.paired(installed, windows=windows)
+    pair = driving.paired(run, installed, windows=windows)
     pair.residual = False
     for step in pair.steps(inside, through=True):
-        for target in step.targets:
-            installed |= live.built(target.name, plan.choices[target.name])
+        for target, owner in zip(step.targets, run.dealt(step.targets), strict=True):
+            installed |= live.built(target.name, plan.choices[target.name], owner)
     return pair.divergence()
 
 
@@ -130,7 +131,8 @@ class _Pass:
             if not all(self._from_store(targets) for targets in inside):
                 self._through(inside)
         run.count_once()
-        run.forget_states(self._entered)
+        driving.forget_states(run)
+        driving.forget_states(run, self._entered)
         return run.recounted(self.plan, self.choices), self.candidates
 
     def _entered(self, block: int) -> str | None:
@@ -139,7 +141,7 @@ class _Pass:
     def _from_store(self, targets: Sequence[Target]) -> bool:
         """Take what the store has of a block; whether that is all of it."""
         for step in steps_of(targets):
-            if not all(self.run.has(target, self.upstream) for target in step):
+            if self._missing(step):
                 return False
             self._take(step)
         self.entering.append(self.upstream)
@@ -147,7 +149,7 @@ class _Pass:
 
     def _through(self, inside: Sequence[Sequence[Target]]) -> None:
         """Both streams through all blocks up to the last one that has targets."""
-        pair = self.run.paired(self.installed, self._entered)
+        pair = driving.paired(self.run, self.installed, self._entered)
         for step in pair.steps(inside):
             if not all(target.name in self.choices for target in step.targets):
                 self._decompose(step)
@@ -156,14 +158,20 @@ class _Pass:
             if step.last and len(self.entering) == step.block + 1:
                 self.entering.append(self.upstream)
 
+    def _missing(self, targets: Sequence[Target]) -> list[Target]:
+        """Those of a step that the store does not have."""
+        return distributed.agreed(lambda: [target for target in targets if not self.run.has(target, self.upstream)])
+
     def _decompose(self, step: Step) -> None:
-        run = self.run
+        run, missing = self.run, self._missing(step.targets)
+        if not missing:
+            return
         needs = {t: tuple(s for s in run.decomposers[t.name].needs if s.where != "gradient") for t in step.targets}
         measured = step.measure({t: tuple(dict.fromkeys([*found, Gram()])) for t, found in needs.items()})
-        for target in step.targets:
-            if not run.has(target, self.upstream):
-                instead = self._instead(target, measured)
-                run.decompose(target, self._with_gradients(target, measured.statistics), self.upstream, instead)
+        statistics = self._with_gradients(missing, measured.statistics)
+        for _ in run.decompose_all(missing, statistics, self.upstream, lambda target: self._instead(target, measured)):
+            pass
+        distributed.barrier()  # what others have made is read from here on
 
     def _instead(self, target: Target, measured: Measured) -> dict[str, Tensor]:
         """W* of each part, in the type that is computed in."""
@@ -176,19 +184,21 @@ class _Pass:
             found[part.module] = made.to(torch.promote_types(weight.dtype, torch.float32))
         return found
 
-    def _with_gradients(self, target: Target, measured: BlockStatistics) -> BlockStatistics:
+    def _with_gradients(self, targets: Sequence[Target], measured: BlockStatistics) -> BlockStatistics:
         """The statistics with those of gradients, which the first pass kept."""
-        chosen: list[Statistic] = [s for s in self.run.decomposers[target.name].needs if s.where == "gradient"]
-        gradients = {part.module: self.run.gradients(part, chosen) for part in target.parts}
+        gradients: dict[str, dict[Statistic, Tensor]] = {}
+        for target in targets:
+            chosen: list[Statistic] = [s for s in self.run.decomposers[target.name].needs if s.where == "gradient"]
+            gradients |= {part.module: self.run.gradients(part, chosen) for part in target.parts}
         return BlockStatistics(measured.inputs, gradients, {})
 
     def _take(self, targets: Sequence[Target]) -> None:
         """Candidates and choices of one step, and what the keys of later ones say of them."""
-        run, made = self.run, dict[str, Any]()
-        for target in targets:
-            candidate = self.candidates[target.name] = run.stored(target, self.upstream)
-            choice = self.choices[target.name] = run.settle(candidate, self.plan.choices[target.name], self.upstream)
-            made[target.name] = [run.key(target, self.upstream), asdict(choice)]
+        run = self.run
+        candidates = {target.name: run.stored(target, self.upstream) for target in targets}
+        self.candidates |= candidates
+        self.choices |= run.settle_all(list(candidates.values()), self.plan.choices, self.upstream)
+        made = {t.name: [run.key(t, self.upstream), asdict(self.choices[t.name])] for t in targets}
         self.upstream = hash_of({"before": self.upstream, "made": made})
 
     def _install(self, targets: Sequence[Target]) -> None:
@@ -196,5 +206,5 @@ class _Pass:
         run = self.run
         assert run.windows is not None
         live = Installed(run.source.model, run.structure, self.candidates, run.windows, 1)
-        for target in targets:
-            self.installed |= live.built(target.name, self.choices[target.name])
+        for target, owner in zip(targets, run.dealt(targets), strict=True):
+            self.installed |= live.built(target.name, self.choices[target.name], owner)

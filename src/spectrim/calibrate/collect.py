@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from spectrim.calibrate.statistics import Labels, State, Statistic
+from spectrim.core import distributed
 from spectrim.core.plan import Target
+from spectrim.model.blocks import Batch
 from spectrim.model.targets import oriented
 
 
@@ -45,6 +48,16 @@ class Wanted:
             for part in target.parts
             if (chosen := tuple(s for s in statistics if s.where == "gradient"))
         }
+
+
+def portion(batches: Sequence[Batch], wanted: Iterable[Wanted]) -> range:
+    """Which batches this process runs: neighbours, so that sequences that a statistic takes as a group stay together.
+
+    Batches are dealt whole: what comes of one does not depend on how many processes there are.
+    """
+    chosen = (s for of_block in wanted for of_target in (*of_block.targets.values(), of_block.block) for s in of_target)
+    size = len(batches[0].ids) if batches else 1
+    return distributed.portion(len(batches), math.lcm(size, *(s.together for s in chosen)) // size)
 
 
 @dataclass(frozen=True)
@@ -221,11 +234,11 @@ class Collector:
         return between
 
     def result(self) -> BlockStatistics:
-        """Everything measured."""
+        """Everything measured, by all processes."""
         inputs: dict[str, dict[Statistic, Tensor]] = {}
         gradients: dict[str, dict[Statistic, Tensor]] = {}
         block: dict[Statistic, Tensor] = {}
-        for (key, statistic), state in self.states.items():
+        for (key, statistic), state in over_processes(self.states, self.device).items():
             value = statistic.result(state)
             if statistic.where == "input":
                 inputs.setdefault(key, {})[statistic] = value
@@ -234,3 +247,26 @@ class Collector:
             else:
                 block[statistic] = value
         return BlockStatistics(inputs, gradients, block)
+
+
+States = Mapping[tuple[str, Statistic], State]
+
+
+def over_processes(states: States, device: torch.device) -> States:
+    """The sums of all processes; one that ran nothing, or whose state has no rows yet, adds zeros."""
+    if not distributed.together():
+        return states
+    own = {key: key[1].sums(state) for key, state in states.items()}
+    shapes = {key: {name: (t.shape, t.dtype) for name, t in state.items()} for key, state in own.items()}
+    found: dict[tuple[str, Statistic], State] = {}
+    for of_process in distributed.gathered(shapes):
+        for key, of_state in of_process.items():
+            for name, (shape, dtype) in of_state.items():
+                mine = found.setdefault(key, own.get(key, {})).get(name)
+                if mine is None or mine.numel() < shape.numel():
+                    assert mine is None or not mine.numel(), (key, name, mine.shape, shape)
+                    found[key][name] = torch.zeros(shape, dtype=dtype, device=device)
+    for state in found.values():
+        for name in sorted(state):
+            state[name] = distributed.add_up(state[name].contiguous())
+    return found

@@ -17,11 +17,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from spectrim.calibrate.collect import BlockStatistics, Collector, Wanted, without_dropout
+from spectrim.calibrate.collect import BlockStatistics, Collector, Wanted, portion, without_dropout
 from spectrim.calibrate.states import States
 from spectrim.calibrate.statistics import Statistic
 from spectrim.calibrate.streamed import enter, moved
-from spectrim.core import heap
+from spectrim.core import distributed, heap
 from spectrim.core.plan import Target
 from spectrim.core.progress import Progress, silent
 from spectrim.model import blocks
@@ -65,6 +65,7 @@ class _Enough(Exception):
 class Paired:
     """Both streams. installed: modules that the compressed one runs through, by name; the caller adds to it.
 
+    Several processes run a share of the batches each, and get the sums of all; statistics: those that will be measured.
     residual: the outputs wanted of `o` and `down` are those that give the dense residual stream, whatever the
     compressed one has lost before them.
     """
@@ -78,7 +79,14 @@ class Paired:
     residual: bool = True
     progress: Progress = silent
     installed: dict[str, nn.Module] = field(default_factory=dict)
+    statistics: Sequence[Statistic] = ()
     tupled: bool = False
+
+    @property
+    def own(self) -> dict[int, Batch]:
+        """The batches of this process, by their numbers."""
+        together = Wanted(block=tuple(self.statistics))
+        return {i: self.batches[i] for i in portion(self.batches, [together])}
 
     def steps(self, inside: Sequence[Sequence[Target]], through: bool = False) -> Iterator[Step]:
         """The steps of each block up to the last that has targets, from the one that both streams' states go on from.
@@ -88,17 +96,19 @@ class Paired:
         """
         count = len(self.batches)
         last = len(inside) - 1 if through else max(index for index, targets in enumerate(inside) if targets)
-        first = min(self.dense.first(count, last), self.compressed.first(count, last))
+        first = self.compressed.first(count, last)
+        if self.dense.first(count, first) != first:  # a file of the other stream is damaged
+            first = 0
         with without_dropout(self.weights.model):
-            calls = enter(self.weights, self.structure, self.batches, self.device, None if first else self._enter)
+            calls = enter(self.weights, self.structure, self.own, self.device, None if first else self._enter)
         for index in range(first, last + 1):
             heap.give_back()
             prefix = self.structure.block(index)
             self.weights.load(prefix, self.device)
-            block = _Block(self, index, prefix, [call[index] for call in calls])
-            if self.residual and inside[index]:
+            block = _Block(self, index, prefix, dict(zip(self.own, (call[index] for call in calls), strict=True)))
+            if self.residual and inside[index] and self.own:
                 block.check()
-            if through and index == first:
+            if through and index == first and self.own:
                 self.tupled = block.answers_tuple()
             steps = steps_of(inside[index])
             for place, step in enumerate(steps, 1):
@@ -122,7 +132,7 @@ class Paired:
         if head is not None:
             self.weights.load(head, self.device)
         lost, tokens = torch.zeros((), dtype=torch.float64), 0
-        for i, batch in enumerate(self.batches):
+        for i, batch in self.own.items():
             states = [stream.get(count, i).to(self.device) for stream in (self.dense, self.compressed)]
             for place, ids in enumerate(batch.ids):  # the vocabulary is wide: one sequence at a time
                 known, found = (
@@ -138,7 +148,7 @@ class Paired:
         self.weights.release_names(loaded)
         if head is not None:
             self.weights.release(head)
-        return float(lost) / tokens
+        return float(distributed.add_up(lost)) / float(distributed.add_up(torch.tensor(float(tokens))))
 
     def _enter(self, batch: int, state: Tensor) -> None:
         """Both streams begin alike."""
@@ -158,7 +168,7 @@ class _Block:
     of: Paired
     index: int
     prefix: str
-    calls: Sequence[Call]
+    calls: Mapping[int, Call]
 
     @property
     def model(self) -> nn.Module:
@@ -183,7 +193,8 @@ class _Block:
     @torch.no_grad()
     def answers_tuple(self) -> bool:
         """What kind of answer the model expects of its blocks."""
-        call, state = moved(self.calls[0], self.of.device), self.of.dense.get(self.index, 0).to(self.of.device)
+        i = min(self.calls)
+        call, state = moved(self.calls[i], self.of.device), self.of.dense.get(self.index, i).to(self.of.device)
         with without_dropout(self.model):
             return isinstance(self.model.get_submodule(self.prefix)(state, *call.args, **call.kwargs), (tuple, list))
 
@@ -191,7 +202,7 @@ class _Block:
     def advance(self) -> None:
         """Both streams through the whole block."""
         with without_dropout(self.model):
-            for i in range(len(self.of.batches)):
+            for i in self.of.own:
                 output = self._run(self.of.dense, i)
                 self._refuse(output, i, "")
                 self.of.dense.put(self.index + 1, i, output)
@@ -216,8 +227,9 @@ class _Block:
         """Raise ValueError unless the block's output is its input and what `o` and `down` give."""
         added = self._added()
         with without_dropout(self.model), _outputs(self.model, added.values()) as seen:
-            before = self.of.dense.get(self.index, 0).to(self.of.device)
-            after = self._run(self.of.dense, 0, before)
+            i = min(self.calls)
+            before = self.of.dense.get(self.index, i).to(self.of.device)
+            after = self._run(self.of.dense, i, before)
         found = before + sum(seen[module].reshape(before.shape) for module in added.values())
         if set(added) != set(ADDED) or (found - after).norm() > 1e-2 * (after - before).norm():
             raise ValueError(
@@ -235,14 +247,15 @@ class _Block:
         collector = Collector(self.model, self.prefix, structure.of_block(self.index), Wanted(wanted), of.device)
         crosses = _Crosses(self, targets)
         with without_dropout(self.model):
-            for i, batch in enumerate(of.batches):
+            for i, batch in of.own.items():
                 crosses.dense(i, batch)
                 collector.mask, collector.sequences = batch.mask, len(batch.ids)
                 with self._compressed(), collector:
                     crosses.compressed(i, batch)
                 collector.handles.clear()
                 heap.give_back()
-        return Measured(collector.result(), crosses.sums)
+        sums = {name: distributed.add_up(crosses.sums[name]) for name in sorted(crosses.sums)}
+        return Measured(collector.result(), sums)
 
 
 class _Crosses:

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from spectrim.calibrate.collect import BlockStatistics, Collector, Wanted, without_dropout
+from spectrim.calibrate.collect import BlockStatistics, Collector, Wanted, portion, without_dropout
 from spectrim.calibrate.statistics import Labels
 from spectrim.core.progress import Progress, silent
 from spectrim.model.blocks import Batch
@@ -29,7 +29,8 @@ def resident(
     """Yield (block index, its statistics) for each block in `wanted`, in order.
 
     Gradients are those of one sequence at a time, one backward pass for each kind of labels that a statistic wants of
-    the one forward pass; each is used and freed as soon as it is complete. Raises ValueError when a loss is not finite.
+    the one forward pass; each is used and freed as soon as it is complete. Several processes run a share each, and get
+    the statistics of all. Raises ValueError when a loss is not finite.
     """
     collectors = {
         index: Collector(model, structure.block(index), structure.of_block(index), of_block, model.device)
@@ -41,6 +42,7 @@ def resident(
     learning = {name for name, chosen in of_gradients.items() if any(s.of == "weight" for s in chosen)}
     through = any(s.of == "output" for chosen in of_gradients.values() for s in chosen)
     single = _singly(batches) if labels else list(batches)
+    own = portion(single, wanted.values())
     with ExitStack() as stack:
         stack.enter_context(_learning(model, learning))
         stack.enter_context(without_dropout(model))
@@ -48,11 +50,12 @@ def resident(
             stack.enter_context(_from_the_embedding(model))
         for collector in collectors.values():
             stack.enter_context(collector)
-        for i, batch in enumerate(single):
+        for done, i in enumerate(own, 1):
+            batch = single[i]
             for collector in collectors.values():
                 collector.mask, collector.sequences = batch.mask, len(batch.ids)
             _pass(model, batch, labels, list(collectors.values()), i)
-            progress("calibrate", i + 1, len(single))
+            progress("calibrate", done, len(own))
     for index, collector in collectors.items():
         yield index, collector.result()
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor
 
+from spectrim.core import distributed
 from spectrim.core.store import Store
 
 State = Float[Tensor, "batch length hidden"]
@@ -20,7 +21,7 @@ State = Float[Tensor, "batch length hidden"]
 
 @runtime_checkable
 class States(Protocol):
-    """The states entering a block, by batch, on the CPU."""
+    """The states entering a block, by batch, on the CPU; of several processes each has those of its own batches."""
 
     def first(self, batches: int, latest: int) -> int:
         """The block to start from, `latest` at most: states entering it are there for all `batches`; 0 if for none."""
@@ -83,9 +84,12 @@ class InFiles:
 
     def first(self, batches: int, latest: int) -> int:
         """As in `States`; those entering blocks before it go."""
+        return distributed.agreed(lambda: self._found(batches, latest))
+
+    def _found(self, batches: int, latest: int) -> int:
         found = next((block for block in range(latest, 0, -1) if self._whole(block, batches)), 0)
         for block in range(found):
-            self.finished(block, batches)
+            self.remove(block, batches)
         return found
 
     def put(self, block: int, batch: int, state: State) -> None:
@@ -105,7 +109,13 @@ class InFiles:
         return self.store.load("states", self._key(block, batch))["state"].clone()
 
     def finished(self, block: int, batches: int) -> None:
-        """As in `States`."""
+        """As in `States`; in every process, before they go."""
+        distributed.barrier()
+        if distributed.first():
+            self.remove(block, batches)
+
+    def remove(self, block: int, batches: int) -> None:
+        """Remove the states entering a block, as far as they are there."""
         for batch in range(batches if self.key(block) is not None else 0):
             self.store.remove("states", self._key(block, batch))
 

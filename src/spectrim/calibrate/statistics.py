@@ -31,6 +31,15 @@ class Statistic:
     labels: ClassVar[Labels] = "text"
 
     @property
+    def together(self) -> int:
+        """How many sequences in a row are measured as one group, which one process runs."""
+        return 1
+
+    def sums(self, state: State) -> State:
+        """What adds up over processes, each of which ran whole groups; from its total `result` follows."""
+        return state
+
+    @property
     def needs_gradient(self) -> bool:
         """Whether the whole model must be loaded and run backwards."""
         return self.where == "gradient"

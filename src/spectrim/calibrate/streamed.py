@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from spectrim.calibrate.collect import BlockStatistics, Collector, Wanted, without_dropout
+from spectrim.calibrate.collect import BlockStatistics, Collector, Wanted, portion, without_dropout
 from spectrim.calibrate.states import InMemory, States
 from spectrim.core import heap
 from spectrim.core.progress import Progress, silent
@@ -34,22 +34,23 @@ def streamed(
 
     sequential: the states entering the next block are computed after the yield, with the modules that the caller may
     have swapped into this one; they are taken out again. states: where hidden states are kept (default: in memory); the
-    first block is the one that these go on from. Raises ValueError when a block's output is not finite.
+    first block is the one that these go on from. Several processes run a share of the batches each, and get the
+    statistics of all. Raises ValueError when a block's output is not finite.
     """
     needed = [index for index, of_block in wanted.items() if of_block]
     if not needed:
         return
     states, total = states or InMemory(), max(needed) + 1
-    first = states.first(len(batches), min(needed))
+    first, own = states.first(len(batches), min(needed)), {i: batches[i] for i in portion(batches, wanted.values())}
     with without_dropout(weights.model):
-        calls = enter(weights, structure, batches, device, partial(states.put, 0) if first == 0 else None)
+        calls = enter(weights, structure, own, device, partial(states.put, 0) if first == 0 else None)
     for index in range(first, total):
         prefix = structure.block(index)
         heap.give_back()
         weights.load(prefix, device)
         of_block, last = wanted.get(index, Wanted()), index + 1 == total
         collector = Collector(weights.model, prefix, structure.of_block(index), of_block, device)
-        walk = _Walk(weights.model, index, prefix, batches, [call[index] for call in calls], device, states)
+        walk = _Walk(weights.model, index, prefix, own, [call[index] for call in calls], device, states)
         if of_block or not sequential:
             with collector:
                 walk.run(collector, replace=not sequential and not last, progress=_offset(progress, index, total))
@@ -66,12 +67,12 @@ def streamed(
 
 @dataclass(frozen=True)
 class _Walk:
-    """One block and what it is called with, batch by batch."""
+    """One block and what it is called with, batch by batch, by their numbers."""
 
     model: nn.Module
     index: int
     prefix: str
-    batches: Sequence[Batch]
+    batches: Mapping[int, Batch]
     calls: Sequence[Call]
     device: torch.device
     states: States
@@ -84,7 +85,7 @@ class _Walk:
         """
         with without_dropout(self.model):
             block = self.model.get_submodule(self.prefix)
-            for i, (batch, call) in enumerate(zip(self.batches, self.calls, strict=True)):
+            for done, ((i, batch), call) in enumerate(zip(self.batches.items(), self.calls, strict=True), 1):
                 if collector is not None:
                     collector.mask, collector.sequences = batch.mask, len(batch.ids)
                 output = blocks.run(block, self.states.get(self.index, i).to(self.device), moved(call, self.device))
@@ -97,7 +98,7 @@ class _Walk:
                 del output
                 # activations below 8 MiB leave holes between the states, which every batch would widen
                 heap.give_back()
-                progress("calibrate", i + 1, len(self.batches))
+                progress("calibrate", done, len(self.batches))
 
 
 def _offset(progress: Progress, index: int, blocks: int) -> Progress:
@@ -115,7 +116,7 @@ def _put_back(model: nn.Module, prefix: str, before: Mapping[str, nn.Module]) ->
 def enter(
     weights: Weights,
     structure: Structure,
-    batches: Sequence[Batch],
+    batches: Mapping[int, Batch],
     device: torch.device,
     keep: Callable[[int, Tensor], None] | None,
 ) -> list[list[Call]]:
@@ -125,7 +126,7 @@ def enter(
     """
     loaded = weights.load_outside(structure.blocks, device)
     calls: list[list[Call]] = []
-    for i, batch in enumerate(batches):
+    for i, batch in batches.items():
         moved = Batch(batch.ids.to(device), None if batch.mask is None else batch.mask.to(device))
         state, found = blocks.record(weights.model, structure, moved)
         if not torch.isfinite(state).all():

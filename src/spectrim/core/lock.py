@@ -34,18 +34,19 @@ _TRIES = 20
 def held(directory: Path, option: str = "--work") -> Iterator[bool]:
     """Hold the lock of a directory, which is made if needed, and gone again at the end if nothing was put there.
 
-    Of several processes of one job the first one holds it for all. Yields whether this process is alone there for sure;
-    on a file system without locks it may not be, and a warning says so. Raises StoreError, naming the owner and the
+    Of several processes of one job the first one holds it for all: the others are to wait until it does. Yields whether
+    this process holds it, so that no other run is there for sure; on a file system without locks none does, and a
+    warning says so. Raises StoreError, naming the owner and the
     `option` that gives another directory, if another run holds it, and if the directory cannot be made.
     """
-    if distributed.rank() != 0:
+    if not distributed.first():
         yield False
         return
     missing = [path for path in (directory, *directory.parents) if not path.exists()]
     handle = None
     try:
         handle = _taken(directory, option)
-        yield handle is not None and distributed.world() == 1
+        yield handle is not None
     finally:
         if handle is not None:
             _release(handle, directory / NAME)

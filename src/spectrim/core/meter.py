@@ -8,9 +8,11 @@ from functools import cached_property
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from spectrim.core import distributed
 from spectrim.core.plan import Choice, Target
 from spectrim.core.registry import Live
 
@@ -18,13 +20,15 @@ from spectrim.core.registry import Live
 # the states that leave the last block; perplexity: of the windows themselves.
 Kind = Literal["kl", "hidden", "perplexity"]
 
+CHUNK = 2**24  # logits turned into log-probabilities at a time
+
 
 class Meter:
     """Measures one base state of a model and what changes when one target of it does; works only when asked.
 
     base: choices by target, None for dense. sequences and length: of the calibration windows, those that are run, the
     first ones or the `last` (None: all, whole). Targets are asked for in the order of their blocks: states entering a
-    block are run on from those of the block before.
+    block are run on from those of the block before. Several processes share the windows, and ask for the same.
     """
 
     def __init__(
@@ -42,11 +46,11 @@ class Meter:
 
     @cached_property
     def batches(self) -> list[Int[Tensor, "batch length"]]:
-        """The windows that are run."""
+        """The windows that this process runs: its share of all batches."""
         if not self.last or self.sequences is None:
-            return self.live.batches(self.sequences, self.length)
+            return list(distributed.share(self.live.batches(self.sequences, self.length)))
         every = self.live.batches(None, self.length)
-        return list(torch.cat(every)[-self.sequences :].split(len(every[0])))
+        return list(distributed.share(torch.cat(every)[-self.sequences :].split(len(every[0]))))
 
     @cached_property
     def built(self) -> dict[str, Mapping[str, Any]]:
@@ -79,7 +83,7 @@ class Meter:
             for index, ids in enumerate(self.batches):
                 state = self.live.run(ids, self.live.enter(ids), 0, blocks)
                 sums += compare(self.kind, self.live, ids, state, self.reference(index))
-        return total(self.kind, sums)
+        return total(self.kind, distributed.add_up(sums))
 
     @torch.no_grad()
     def of_target(self, target: Target, choices: Sequence[Choice | None]) -> list[float]:
@@ -96,7 +100,7 @@ class Meter:
                     with self.live.swapped(modules):
                         final = self.live.run(ids, state, start, self.live.blocks)
                         sums[place] += compare(self.kind, self.live, ids, final, reference)
-        return [total(self.kind, each) for each in sums]
+        return [total(self.kind, each) for each in distributed.add_up(sums)]
 
     def _entering(self, block: int) -> list[Float[Tensor, "batch length hidden"]]:
         """States of the base entering a block; only the last asked for are kept."""
@@ -131,3 +135,18 @@ def total(kind: Kind, sums: Float[Tensor, "2"]) -> float:
     """The deviation from its two sums."""
     quotient = sums[0] / sums[1]
     return float(quotient.exp() if kind == "perplexity" else quotient)
+
+
+def window_losses(
+    logits: Float[Tensor, "n vocabulary"], expected: Float[Tensor, "n vocabulary"], following: Int[Tensor, "next"]
+) -> tuple[float, float]:
+    """Mean −log p(following), and KL(logits ‖ expected) summed over all positions; float32 terms, float64 sums."""
+    step, following = max(1, CHUNK // logits.shape[-1]), following.to(logits.device)
+    loss = divergence = 0.0
+    for start in range(0, len(logits), step):
+        part = slice(start, start + step)
+        log_p, log_q = (F.log_softmax(each[part].float(), dim=-1) for each in (logits, expected))
+        right = following[part, None]
+        loss -= float(log_p[: len(right)].gather(1, right).double().sum())
+        divergence += float(F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).double().sum())
+    return loss / len(following), divergence

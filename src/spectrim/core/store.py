@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from io import BufferedIOBase
@@ -23,6 +24,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from spectrim.core import distributed
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +126,21 @@ def _signature(path: Path) -> tuple[int, int, int] | None:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
+def appears(path: Path, seconds: float = 60.0) -> bool:
+    """Whether there is such a file. Of several processes one is waited for that another has written.
+
+    On another machine's disk it may be there a while before it is seen; listing the directory makes it look again.
+    """
+    until = time.monotonic() + (seconds if distributed.world() > 1 else 0.0)
+    while not path.exists():
+        if time.monotonic() >= until:
+            return False
+        time.sleep(0.1)
+        if path.parent.is_dir():
+            os.listdir(path.parent)
+    return True
+
+
 class Store:
     """Artifacts of one kind of work in a directory: `<kind>/<key>.safetensors` or `.json`.
 
@@ -215,7 +233,7 @@ class Store:
 
     def _present(self, kind: str, fields: Mapping[str, Any], suffix: str) -> Path:
         path = self.path(kind, fields, suffix)
-        if not self._is_whole(path):
+        if not appears(path) or not self._is_whole(path):
             raise StoreError(f"{path} is missing or was damaged; run again: what is not there is made")
         return path
 

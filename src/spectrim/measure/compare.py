@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from spectrim import pipeline
 from spectrim import recipe as recipe_files
-from spectrim.core import lock
+from spectrim.core import launch, lock
 from spectrim.core.progress import Progress, silent
 from spectrim.core.store import hash_of, write_json
 from spectrim.data import text as texts
@@ -139,11 +139,11 @@ def compare(
     recipes: names or files; formats: by default each recipe's own. text: for calibration, as `compress` takes it;
     heldout: texts to measure on, KL on the first (the bundled model has both). window, limit: as in `evaluate`. tasks:
     names of lm-eval, or multiple-choice .jsonl files. work: the store all cells share (default `out`/work). keep: leave
-    the checkpoints in `out`/models. A cell that fails is a row with its message; cells that are done in `out` are not
-    run again. Raises ValueError before anything heavy for bad input, a missing extra, and an `out` with another
-    comparison in it.
+    the checkpoints in `out`/models. A cell that fails is a row with its message; done ones are not run again. Raises
+    ValueError before anything heavy for bad input, a missing extra, another comparison in `out`, and several processes.
     """
     # over 50 lines for its signature and docstring alone
+    launch.alone("compare")
     own = {"text": ["reference"], "heldout": ["reference-evaluation"]} if model == "reference" else {}
     about: dict[str, Any] = {
         "model": model, "recipes": _several(recipes), "ratios": list(ratios), "formats": _several(formats),

@@ -29,17 +29,17 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from spectrim.calibrate.statistics import State, Statistic
-from spectrim.core import budget
+from spectrim.core import budget, distributed
 from spectrim.core.linalg import directions
+from spectrim.core.meter import window_losses
 from spectrim.core.plan import Candidate, Choice, Measured, Plan, Target, Tensors, Units
 from spectrim.core.registry import Allocator, Decomposer, Live, Problem, Sees, Statistics, allocator, decomposer
 
@@ -47,7 +47,6 @@ logger = logging.getLogger(__name__)
 
 TOGETHER = {"q": "q+k", "k": "q+k"}  # roles that share one number
 ATTENTION = ("q+k", "o")  # numbers that start at half
-_CHUNK = 2**24  # logits turned into log-probabilities at a time
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,16 @@ class _Pooled(Statistic):
     def __post_init__(self) -> None:
         if self.group < 1:
             raise ValueError(f"group is {self.group}: sequences pooled to one covariance, at least 1")
+
+    @property
+    def together(self) -> int:
+        """A group."""
+        return self.group
+
+    def sums(self, state: State) -> State:
+        """Those over groups, a last one that is not full among them."""
+        self._close(state)
+        return state
 
     def start(self, width: int, device: torch.device) -> State:
         """Empty sums: of the running group its sequences, tokens and mean; over groups their number and total."""
@@ -261,7 +270,8 @@ class Bayesian(Allocator):
         known: list[float] = []
         for i in range(self.evaluations):
             trial = study.ask(dict.fromkeys(space.numbers, values))
-            plan = space.plan(trial.params)
+            # by the first process's search: another machine might round its own differently
+            plan = space.plan(distributed.agreed(partial(dict[str, float], trial.params)))
             losses = measured(plan)
             value = float(losses["loss"].mean().exp() + self.divergence_weight * losses["divergence"].mean())
             if math.isfinite(value):
@@ -361,10 +371,11 @@ class _Measured:
         self.batches = torch.cat(whole)[windows].split(len(whole[0]))
 
     @cached_property
-    def dense(self) -> list[tuple[Tensor, Tensor]]:
-        """The states entering and leaving the blocks of the dense model, by batch."""
-        entered = [(ids, self.live.enter(ids)) for ids in self.batches]
-        return [(state, self.live.run(ids, state, 0, self.live.blocks)) for ids, state in entered]
+    def dense(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """The states entering and leaving the blocks of the dense model, by batch; this process's share of them."""
+        entered = {i: self.live.enter(self.batches[i]) for i in distributed.share(range(len(self.batches)))}
+        blocks = self.live.blocks
+        return {i: (state, self.live.run(self.batches[i], state, 0, blocks)) for i, state in entered.items()}
 
     def __call__(self, plan: Plan) -> Mapping[str, Tensor]:
         """`loss`: nats a token; `divergence`: KL(with the plan ‖ dense), nats summed over the window."""
@@ -373,28 +384,16 @@ class _Measured:
 
     @torch.no_grad()
     def _measure(self, plan: Plan) -> dict[str, Tensor]:
-        live, dense, found = self.live, self.dense, []
+        live, found = self.live, torch.zeros(len(self.windows), 2, dtype=torch.float64)
+        dense = self.dense
         with live.installed(plan):
-            for ids, (entered, expected) in zip(self.batches, dense, strict=True):
+            for number, (entered, expected) in dense.items():
+                ids = self.batches[number]
                 state = live.run(ids, entered, 0, live.blocks)
                 for i in range(len(ids)):
                     one = slice(i, i + 1)  # the logits of one window at a time
                     logits, others = live.logits(ids[one], state[one])[0], live.logits(ids[one], expected[one])[0]
-                    found.append(_losses(logits, others, ids[i, 1:]))
-        loss, divergence = (torch.tensor(each, dtype=torch.float64) for each in zip(*found, strict=True))
-        return {"loss": loss, "divergence": divergence}
-
-
-def _losses(
-    logits: Float[Tensor, "n vocabulary"], expected: Float[Tensor, "n vocabulary"], following: Int[Tensor, "next"]
-) -> tuple[float, float]:
-    """Mean −log p(following), and KL(logits ‖ expected) summed over all positions; float32 terms, float64 sums."""
-    step, following = max(1, _CHUNK // logits.shape[-1]), following.to(logits.device)
-    loss = divergence = 0.0
-    for start in range(0, len(logits), step):
-        part = slice(start, start + step)
-        log_p, log_q = (F.log_softmax(each[part].float(), dim=-1) for each in (logits, expected))
-        right = following[part, None]
-        loss -= float(log_p[: len(right)].gather(1, right).double().sum())
-        divergence += float(F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).double().sum())
-    return loss / len(following), divergence
+                    place = number * len(self.batches[0]) + i
+                    found[place] = torch.tensor(window_losses(logits, others, ids[i, 1:]), dtype=torch.float64)
+        distributed.add_up(found)
+        return {"loss": found[:, 0].clone(), "divergence": found[:, 1].clone()}

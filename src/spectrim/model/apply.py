@@ -6,6 +6,7 @@ import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from spectrim.core import budget, heap, linalg
+from spectrim.core import budget, distributed, heap, linalg
 from spectrim.core.plan import Candidate, Choice, Part, Plan, Target
 from spectrim.core.progress import Progress, silent
 from spectrim.core.store import write_json
@@ -24,7 +25,7 @@ from spectrim.model.checkpoint import Checkpoint
 from spectrim.model.files import DTYPES, config_json
 from spectrim.model.native import native_width
 from spectrim.model.quantizer import guard_name
-from spectrim.model.writer import Item, write_shards
+from spectrim.model.writer import Item, delivered, write_shards
 
 logger = logging.getLogger(__name__)
 
@@ -164,11 +165,17 @@ def live(
     candidates: Mapping[str, Candidate],
     progress: Progress = silent,
 ) -> PreTrainedModel:
-    """Swap the modules of a loaded model in place; the result is what `from_pretrained` of its saved form gives."""
+    """Swap the modules of a loaded model in place; the result is what `from_pretrained` of its saved form gives.
+
+    Several processes, each with its copy, cut a share of the targets for all.
+    """
     place = placed(plan, structure, model)
-    for i, target in enumerate(dict.fromkeys(place.owners.values())):
+    changed = list(dict.fromkeys(place.owners.values()))
+    owners = distributed.deal([float(target.parameters) for target in changed], [0.0] * distributed.world())
+    for i, target in enumerate(changed):
         choice = plan.choices[target.name]
-        for name, new in built(target, choice, candidates[target.name].cut(choice), model).items():
+        cut = distributed.cut_by(owners[i], partial(candidates[target.name].cut, choice))
+        for name, new in built(target, choice, cut, model).items():
             old = model.get_submodule(name)
             model.set_submodule(name, new if name in place.layout else _resized(old, new))
         progress("write", i + 1, len(plan.choices))
@@ -204,28 +211,47 @@ def streamed(
     structure: targets.Structure,
     plan: Plan,
     candidates: Mapping[str, Candidate],
-    directory: Path,
+    directory: Path | None,
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: Progress = silent,
 ) -> None:
     """Write the compressed checkpoint into `directory`: untouched tensors copied, factors in the others' place.
 
-    dtype: cast floating-point tensors to it (None: as stored). Memory: the tensors of one target at a time.
+    dtype: cast floating-point tensors to it (None: as stored). Memory: the tensors of one target at a time. Of several
+    processes the first one writes; the others, without a directory, make a share of the factors for it.
     """
     place = placed(plan, structure, checkpoint.model)
     stored = {checkpoint.names.get(key, key): key for key in checkpoint.where}
     replaced = {checkpoint.stored_key(f"{module}.weight"): module for module in place.specs}
     # a bias goes with its weight: it may lose rows, or get an offset
     biases = {key for name, key in stored.items() if name.removesuffix(".bias") in place.specs and key not in replaced}
-    items = []
+    items: list[Item] = []
+    costs: list[float] = []
     for key in checkpoint.where:
         if key in replaced:
             module = replaced[key]
             bias = stored.get(f"{module}.bias", f"{key.removesuffix('weight')}bias")
             items.append(_module(checkpoint, key, bias, module, place, plan, candidates, dtype))
+            costs.append(float(place.owners[module].parameters))
         elif key not in biases:
             items.append(_copy(checkpoint, key, dtype))
+            costs.append(0.0)
+    with delivered(items, costs) as ready:
+        if directory is not None:
+            _write(checkpoint, place, ready, directory, dtype, shard_bytes, progress)
+
+
+def _write(
+    checkpoint: Checkpoint,
+    place: Placed,
+    items: list[Item],
+    directory: Path,
+    dtype: torch.dtype | None,
+    shard_bytes: int,
+    progress: Progress,
+) -> None:
+    """The shards, and what lies beside them."""
     guard = guard_name(place.layout)
     if guard is not None:
         key = checkpoint.stored_key(f"{guard}.weight")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from spectrim.core import distributed
 from spectrim.core.plan import Candidate, Choice, Plan
 from spectrim.model import apply, blocks
 from spectrim.model.blocks import Batch, Call
@@ -96,12 +97,15 @@ class Installed:
             )
         return blocks.finish(self.model, self.structure, ids.to(self.model.device), state)
 
-    def built(self, target: str, choice: Choice) -> Mapping[str, nn.Module]:
-        """The modules that a choice makes of a target, by name; a pivot form as the plain product that it stores."""
+    def built(self, target: str, choice: Choice, owner: int | None = None) -> Mapping[str, nn.Module]:
+        """The modules that a choice makes of a target, by name; a pivot form as the plain product that it stores.
+
+        owner: the process that cuts them, for all; by default each does for itself.
+        """
         plain = {module: _PLAIN.get(format, format) for module, format in choice.formats.items()}
         if choice.counts.get("column"):
             plain = dict.fromkeys(plain, "low_rank_columns")
-        cut = self.candidates[target].cut(choice)
+        cut = distributed.cut_by(owner, lambda: self.candidates[target].cut(choice))
         return apply.built(self.structure.named(target), replace(choice, formats=plain), cut, self.model)
 
     @contextmanager

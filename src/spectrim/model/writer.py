@@ -12,13 +12,15 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
-from spectrim.core import lock
+from spectrim.core import distributed, lock
+from spectrim.core.delivery import Delivery, in_turn
 from spectrim.core.store import StoreError
 from spectrim.model.files import DTYPES
 
@@ -65,6 +67,30 @@ def write_shards(
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
     return files
+
+
+@contextmanager
+def delivered(items: Sequence[Item], costs: Sequence[float]) -> Iterator[list[Item]]:
+    """The items, with those of some cost made by several processes; to be written in order, in the first one.
+
+    The other processes make their share here, and are done after.
+    """
+    if distributed.world() == 1:
+        yield list(items)
+        return
+    delivery = Delivery(in_turn(costs, distributed.world()))
+    if not distributed.first():
+        delivery.serve(lambda number: items[number].make(), lambda number: items[number].shapes)
+        yield []
+        return
+    try:
+        yield [
+            item if owner == 0 else Item(item.shapes, partial(delivery.take, number, item.shapes))
+            for number, (item, owner) in enumerate(zip(items, delivery.owners, strict=True))
+        ]
+    except Exception:
+        delivery.stop()
+        raise
 
 
 def _split(items: Sequence[Item], shard_bytes: int) -> list[list[Item]]:

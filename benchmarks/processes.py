@@ -1,0 +1,120 @@
+"""Two processes of gloo, with one thread each, against one process with one thread: wall time of a run, imports apart.
+
+A run that decomposition dominates: blocks of hidden 1024, FFN 2816, a few short windows, the recipe `whitened`. Every
+run is in processes of its own, which import everything first; the time is that of `spectrim.compress`, in the process
+that takes longest, its meeting the other one included. The two sides take turns.
+
+The seven matrices of a block cost out · in · min(out, in) each: dealt to two processes the larger share is 0.54 of
+them, so half the time cannot be reached here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks import common, memory
+from benchmarks.common import Bound, Case
+
+RATIO = 0.2
+WITHIN = Bound("at most", 0.6)
+WINDOWS = (4, 64)
+REPEATS = 3
+SHAPE = {
+    "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 3, "num_attention_heads": 16,
+    "num_key_value_heads": 16, "vocab_size": 2048, "max_position_embeddings": 512, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def compressed(model: Path, out: Path, windows: tuple[int, int], report: Path) -> None:
+    """One run in this process, alone or with others; writes its seconds, and what it says of its stages."""
+    import time
+
+    import torch
+    import transformers.models.llama.modeling_llama  # noqa: F401  would else be imported by the run
+
+    import spectrim.methods  # noqa: F401
+    from spectrim import pipeline
+
+    torch.set_num_threads(1)
+    ids = torch.randint(100, windows, generator=torch.Generator().manual_seed(0))
+    start = time.perf_counter()
+    made = pipeline.compress(model, "whitened", RATIO, ids, out, settings=["calibrate.batch=1"])
+    common.write(report, {"seconds": time.perf_counter() - start, **made.run})
+
+
+def run(model: Path, folder: Path, windows: tuple[int, int], processes: int) -> dict[str, Any]:
+    """The report of the process that takes longest. Raises RuntimeError when one fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    meeting = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    reports = [folder / f"report-{processes}-{rank}.json" for rank in range(processes)]
+    running = []
+    for rank, report in enumerate(reports):
+        command = [sys.executable, "-m", "benchmarks.processes", str(report), "--model", str(model)]
+        command += ["--out", str(folder / f"out-{processes}"), "--windows", *map(str, windows)]
+        own = {**os.environ, **limits, **(meeting | {"RANK": str(rank)} if processes > 1 else {})}
+        running.append(subprocess.Popen(command, cwd=common.ROOT, env=own))
+    try:
+        codes = [process.wait() for process in running]
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+    if any(codes):
+        raise RuntimeError(f"processes ended with the exit codes {codes}")
+    found = [json.loads(report.read_text(encoding="utf-8")) for report in reports]
+    slowest: dict[str, Any] = max(found, key=lambda report: report["seconds"])
+    return {**slowest, "stages_of_the_first": found[0]["timings"]}
+
+
+def case(shape: dict[str, Any], windows: tuple[int, int], repeats: int) -> Case:
+    """Seconds of two processes over those of one, turn by turn."""
+    turns: dict[int, list[dict[str, Any]]] = {1: [], 2: []}
+    with tempfile.TemporaryDirectory(prefix="spectrim-benchmark-") as folder:
+        (model := Path(folder) / "dense").mkdir()
+        memory.generate(model, shape)
+        for turn in range(repeats):
+            for processes, taken in turns.items():
+                (own := Path(folder) / f"{turn}-{processes}").mkdir()
+                taken.append(run(model, own, windows, processes))
+    ratios = tuple(two["seconds"] / one["seconds"] for one, two in zip(turns[1], turns[2], strict=True))
+    details = {
+        "seconds": {str(n): [round(each["seconds"], 3) for each in taken] for n, taken in turns.items()},
+        "stages": {str(n): taken[-1]["stages_of_the_first"] for n, taken in turns.items()},
+    }
+    name = f"{shape['num_hidden_layers']} blocks, hidden {shape['hidden_size']}, {windows[0]} × {windows[1]} tokens"
+    return Case(name, ratios, 1, "two processes / one", WITHIN, details)
+
+
+def measure() -> dict[str, object]:
+    """The generated model, a few times."""
+    settings = {"recipe": "whitened", "ratio": RATIO, "windows": list(WINDOWS), **SHAPE}
+    return common.result("processes", [case(SHAPE, WINDOWS, REPEATS)], settings)
+
+
+def main() -> None:
+    """Measure everything, or, with --model, be a process that is measured."""
+    parser = argparse.ArgumentParser(description="Wall time of two processes over one.")
+    parser.add_argument("report", type=Path)
+    parser.add_argument("--model", type=Path, help="a checkpoint: only compress it in this process")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--windows", type=int, nargs=2, default=WINDOWS)
+    asked = parser.parse_args()
+    if asked.model is None:
+        common.write(asked.report, measure())
+    else:
+        compressed(asked.model, asked.out, tuple(asked.windows), asked.report)
+
+
+if __name__ == "__main__":
+    main()
