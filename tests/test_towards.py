@@ -153,10 +153,21 @@ def test_what_cannot_be_is_said(tmp_path: Path) -> None:
         spectrim.compress(FAMILIES["llama"].make(), "whitened", text=CALIBRATION, settings=[*MIX, "calibrate.mix=1.5"])
     with pytest.raises(RecipeError, match=r"calibrate\.target: .*'own', 'dense' or 'mix', given 'dens'"):
         spectrim.compress(FAMILIES["llama"].make(), "whitened", text=CALIBRATION, settings=["calibrate.target=dens"])
-    with pytest.raises(ValueError, match=r"do not add up .* set calibrate\.residual_aware to false"):
-        spectrim.compress(FAMILIES["gemma2"].make(), "whitened", text=CALIBRATION, settings=MIX)
-    settings = [*MIX, "calibrate.residual_aware=false"]
-    spectrim.compress(FAMILIES["gemma2"].make(), "whitened", text=CALIBRATION, settings=settings)
+    with pytest.raises(ValueError, match=r"do not add up .* set calibrate\.residual_aware to false or auto"):
+        spectrim.compress(
+            FAMILIES["gemma2"].make(), "whitened", text=CALIBRATION, settings=[*MIX, "calibrate.residual_aware=true"]
+        )
+
+
+@pytest.mark.parametrize("name", ["gemma2", "llama"])
+def test_the_residual_stream_is_aimed_at_where_it_can_be(name: str) -> None:
+    found = {}
+    for aware in ("auto", "false"):
+        model = FAMILIES[name].make()
+        settings = [*MIX, f"calibrate.residual_aware={aware}"]
+        spectrim.compress(model, "whitened", text=CALIBRATION, settings=settings)
+        found[aware] = logits(model)
+    assert torch.equal(found["auto"], found["false"]) == (name == "gemma2")
 
 
 def kl(model: PreTrainedModel, other: PreTrainedModel, ids: Tensor) -> float:

@@ -112,33 +112,6 @@ def _joined(device: str) -> Iterator[Callable[[], AbstractContextManager[None]]]
         yield distributed.alike
 
 
-@contextmanager
-def _bars() -> Iterator[Any]:
-    """A progress callback that draws one bar a stage on a terminal, and nothing elsewhere."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left"),
-    )  # fmt: skip
-    bars: dict[str, Any] = {}
-    with Progress(*columns, console=err_console, disable=not err_console.is_terminal) as shown:
-
-        def progress(stage: str, done: int, total: int) -> None:
-            if stage not in bars:
-                bars[stage] = shown.add_task(stage, total=total)
-            shown.update(bars[stage], completed=done, total=total)
-
-        yield progress
-
-
 def _dtype(name: str | None) -> Any:
     import torch
 
@@ -177,7 +150,7 @@ def compress(
     as_json: Json = False,
 ) -> None:
     """Compress MODEL into a smaller checkpoint that plain transformers loads."""
-    with _failures(), _bars() as progress, _joined(device) as alike:
+    with _failures(), show.bars() as progress, _joined(device) as alike:
         with alike():
             asked = _recipe(recipe, ratio, format, set_, sequences=sequences, length=length, seed=seed)
             kind = _dtype(dtype)
@@ -210,7 +183,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Perplexity, parameters and bytes of a model; with --reference the KL, with --speed the speed."""
-    with _failures(), _bars() as progress:
+    with _failures(), show.bars() as progress:
         _alone("evaluate")
         from spectrim import commands
 
@@ -249,7 +222,7 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Measure recipes against each other at the same ratios, on the same text; a killed comparison goes on."""
-    with _failures(), _bars() as progress:
+    with _failures(), show.bars() as progress:
         _alone("compare")
         wanted = [_number(each) for each in _listed(ratios)]
         from spectrim.measure.compare import compare as run
@@ -304,7 +277,7 @@ def finetune(
     as_json: Json = False,
 ) -> None:
     """Recover what compression lost: tune a compressed MODEL without giving back a parameter."""
-    with _failures(), _bars() as progress:
+    with _failures(), show.bars() as progress:
         from spectrim.tuning import tune
 
         reports = [f"train.report_to=[{', '.join(report_to)}]"] if report_to else []
@@ -392,7 +365,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Compress the bundled model, measure it before and after, and let both write."""
-    with _failures(), _bars() as progress:
+    with _failures(), show.bars() as progress:
         _alone("demo")
         from spectrim import commands
 

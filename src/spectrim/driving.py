@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
@@ -16,15 +17,33 @@ from spectrim.calibrate.resident import resident
 from spectrim.calibrate.states import InFiles, InMemory
 from spectrim.calibrate.streamed import streamed
 from spectrim.core import distributed
+from spectrim.core.progress import Progress
+from spectrim.core.store import Store
 from spectrim.model.blocks import Batch
-from spectrim.recipe import Calibrate, RecipeError
-
-if TYPE_CHECKING:
-    from spectrim.run import Run
+from spectrim.model.checkpoint import Weights
+from spectrim.model.targets import Structure
+from spectrim.recipe import Calibrate, Recipe, RecipeError
 
 logger = logging.getLogger(__name__)
 
 Windows = Int[Tensor, "_ length"]
+
+
+@runtime_checkable
+class Driven(Protocol):
+    """What calibration reads of a run (`run.Run`)."""
+
+    source: Weights
+    structure: Structure
+    asked: Recipe
+    windows: Windows | None
+    device: torch.device
+    store: Store
+    room: int | None
+    progress: Progress
+    fingerprint: str
+    data: str | None
+    decomposers: dict[str, Any]
 
 
 def shared_out(windows: Windows | None, calibrate: Calibrate) -> tuple[Windows | None, Windows | None, Windows | None]:
@@ -47,7 +66,7 @@ def text_hash(windows: Windows | None) -> str | None:
 
 
 def drive(
-    run: Run,
+    run: Driven,
     wanted: Mapping[int, Wanted],
     sequential: bool = False,
     upstream: Callable[[int], str | None] = lambda block: None,
@@ -69,7 +88,7 @@ def drive(
 
 
 def paired(
-    run: Run,
+    run: Driven,
     installed: dict[str, nn.Module],
     upstream: Callable[[int], str | None] | None = None,
     windows: Windows | None = None,
@@ -90,7 +109,7 @@ def paired(
     )  # fmt: skip
 
 
-def _files(run: Run, upstream: Callable[[int], str | None] | None) -> InFiles:
+def _files(run: Driven, upstream: Callable[[int], str | None] | None) -> InFiles:
     """Hidden states in the store, those of the second pass under what they come from."""
     made = {
         "weights": run.fingerprint, "text": run.data, "dtype": str(run.source.model.dtype),
@@ -107,7 +126,7 @@ def _files(run: Run, upstream: Callable[[int], str | None] | None) -> InFiles:
     return InFiles(run.store, key, (run.room or 0) // streams)
 
 
-def forget_states(run: Run, upstream: Callable[[int], str | None] | None = None) -> None:
+def forget_states(run: Driven, upstream: Callable[[int], str | None] | None = None) -> None:
     """Remove hidden states that a run left that was killed at its last block."""
     if run.windows is not None:
         batches = len(run.windows.split(run.asked.calibrate.batch))

@@ -94,11 +94,8 @@ def compress(
         limit = None if memory is None else needs.parse_size(memory)
         with timings.stage("read"):
             source = _source(model, out, device, overwrite, trust_remote_code, asked)
-            if text is None and model == "reference":
-                text = "reference"
-            by_name = text is not None and not isinstance(text, Tensor)
-            if isinstance(source, Checkpoint) and tokenizer is None and by_name:
-                tokenizer = read_tokenizer(source.directory, trust_remote_code)
+            text = "reference" if text is None and model == "reference" else text
+            tokenizer = _tokenizer(source, text, tokenizer, trust_remote_code)
         with timings.stage("targets"):
             structure = blocks.share_inputs(source.model, targets.find(source.model))
             jobs = plan_jobs(asked, structure)
@@ -106,10 +103,10 @@ def compress(
             setting = _setting(source, structure, asked, jobs, text)
             room = None if limit is None else needs.room(setting, limit)
     with _store(work, out) as store:
-        shown = progress if distributed.first() else silent
         with distributed.alike():
             with timings.stage("text"):
                 windows = _windows(asked, jobs, text, tokenizer, source.model, store)
+            shown = progress if distributed.first() else silent
             run = Run(source, structure, asked, jobs, windows, device, store, timings, shown, dtype)
             _check_same(run, out)
         made = distributed.agreed(lambda: finished.compressed(run, out, overwrite))
@@ -119,6 +116,13 @@ def compress(
         run.lean = distributed.agreed(lambda: _lean(run, setting, early, out))
         plan, candidates = planned(run, early)
         return _finish(run, plan, candidates, out, overwrite, dtype)
+
+
+def _tokenizer(source: Weights, text: Any, given: Any, trust_remote_code: bool) -> Any:
+    """The one that was given, else that of a checkpoint where a text has to be read."""
+    if given is not None or not isinstance(source, Checkpoint) or text is None or isinstance(text, Tensor):
+        return given
+    return read_tokenizer(source.directory, trust_remote_code)
 
 
 def _check_same(run: Run, out: str | Path | None) -> None:

@@ -40,7 +40,10 @@ class Calibrate(_Strict):
     mix: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = Field(
         0.5, description="share of the dense model's outputs in the mix; auto: the best on the windows of `select`"
     )
-    residual_aware: bool = Field(True, description="aim o and down at the dense residual stream, not at their own part")
+    residual_aware: bool | Literal["auto"] = Field(
+        "auto",
+        description="aim o and down at the dense residual stream, where they add up to it, not at their own part",
+    )
     ridge: float = Field(1e-3, gt=0, description="of the fit to these outputs, as a share of the inputs' mean energy")
     select: float = Field(0.0, ge=0, lt=1, description="share of the windows kept from statistics, to choose on")
     accept: float = Field(0.0, ge=0, lt=1, description="share kept from all that, to check the second pass on")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -67,7 +67,7 @@ class Paired:
 
     Several processes run a share of the batches each, and get the sums of all; statistics: those that will be measured.
     residual: the outputs wanted of `o` and `down` are those that give the dense residual stream, whatever the
-    compressed one has lost before them.
+    compressed one has lost before them; auto: only in blocks where that is possible.
     """
 
     weights: Weights
@@ -76,7 +76,7 @@ class Paired:
     device: torch.device
     dense: States
     compressed: States
-    residual: bool = True
+    residual: bool | Literal["auto"] = True
     progress: Progress = silent
     installed: dict[str, nn.Module] = field(default_factory=dict)
     statistics: Sequence[Statistic] = ()
@@ -107,7 +107,7 @@ class Paired:
             self.weights.load(prefix, self.device)
             block = _Block(self, index, prefix, dict(zip(self.own, (call[index] for call in calls), strict=True)))
             if self.residual and inside[index] and self.own:
-                block.check()
+                block.residual = block.adds_up(needed=self.residual is True)
             if through and index == first and self.own:
                 self.tupled = block.answers_tuple()
             steps = steps_of(inside[index])
@@ -161,14 +161,15 @@ def steps_of(targets: Sequence[Target]) -> list[tuple[Target, ...]]:
     return [tuple(members) for _, members in groupby(targets, lambda t: tuple(part.input for part in t.parts))]
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Block:
-    """One loaded block."""
+    """One loaded block; residual: whether its `o` and `down` aim at the residual stream."""
 
     of: Paired
     index: int
     prefix: str
     calls: Mapping[int, Call]
+    residual: bool = False
 
     @property
     def model(self) -> nn.Module:
@@ -223,19 +224,21 @@ class _Block:
         return {t.role: t.parts[0].module for t in self.of.structure.of_block(self.index) if t.role in ADDED}
 
     @torch.no_grad()
-    def check(self) -> None:
-        """Raise ValueError unless the block's output is its input and what `o` and `down` give."""
+    def adds_up(self, needed: bool) -> bool:
+        """Whether the block's output is its input and what `o` and `down` give; ValueError where it is needed so."""
         added = self._added()
         with without_dropout(self.model), _outputs(self.model, added.values()) as seen:
             i = min(self.calls)
             before = self.of.dense.get(self.index, i).to(self.of.device)
             after = self._run(self.of.dense, i, before)
         found = before + sum(seen[module].reshape(before.shape) for module in added.values())
-        if set(added) != set(ADDED) or (found - after).norm() > 1e-2 * (after - before).norm():
+        right = set(added) == set(ADDED) and bool((found - after).norm() <= 1e-2 * (after - before).norm())
+        if not right and needed:
             raise ValueError(
-                f"{self.prefix}: the outputs of {' and '.join(ADDED)} do not add up to its own, as in "
-                "post-norm blocks: set calibrate.residual_aware to false"
+                f"{self.prefix}: the outputs of {' and '.join(ADDED)} do not add up to its own, as behind norms: "
+                "set calibrate.residual_aware to false or auto"
             )
+        return right
 
     def measuring(self, targets: Sequence[Target]) -> Callable[[Mapping[Target, tuple[Statistic, ...]]], Measured]:
         """What `Step.measure` is."""
@@ -268,7 +271,7 @@ class _Crosses:
             name: torch.zeros(part.out_features, part.in_features, dtype=torch.float64, device=block.of.device)
             for name, part in self.parts.items()
         }
-        self.added = block._added() if block.of.residual else {}
+        self.added = block._added() if block.residual else {}
         # those of the step's modules whose output joins the residual stream, and what is added before them
         self.before = {"o": [], "down": [self.added["o"]]} if self.added else {}
         self.ends = {module: self.before[role] for role, module in self.added.items() if module in self.parts}
