@@ -111,9 +111,9 @@ def statistics_of(job: Job, target: Target, which: str) -> dict[Any, int]:
 
 
 def _statistic_bytes(statistic: Any, part: Part) -> int:
-    """Of its sums; those that start without rows get one for each output."""
+    """Of its sums; those that start without rows get one for each output, and as many columns if without these too."""
     sums = statistic.start(part.in_features, torch.device("meta")).values()
-    return sum((t.numel() or part.out_features * part.in_features) * t.element_size() for t in sums)
+    return sum((t.numel() or part.out_features * (t.shape[-1] or part.out_features)) * t.element_size() for t in sums)
 
 
 # --- memory ---

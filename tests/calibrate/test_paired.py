@@ -82,7 +82,7 @@ def seen(model: PreTrainedModel, structure: Structure, modules: Mapping[str, nn.
 def expected(
     model: PreTrainedModel, structure: Structure, target: Target, modules: Mapping[str, nn.Module], residual: bool
 ) -> Tensor:
-    """Σ t x′ᵀ from whole passes: `modules` are those of the compressed stream until then."""
+    """Σ (t − W x′) x′ᵀ from whole passes: `modules` are those of the compressed stream until then."""
     dense, compressed = seen(model, structure, {}), seen(model, structure, modules)
     (part,) = target.parts
     wanted = dense[f"{part.module} out"]
@@ -91,9 +91,8 @@ def expected(
         before = [t.parts[0].module for t in structure.of_block(index) if t.role == "o" and target.role == "down"]
         for stream, sign in ((dense, 1), (compressed, -1)):
             wanted = wanted + sign * sum((stream[f"{name} out"] for name in before), stream[f"{index}"])
-    bias = getattr(model.get_submodule(part.module), "bias", None)
-    wanted = wanted if bias is None else wanted - bias
-    return wanted.double().T @ compressed[f"{part.module} in"].double()
+    inputs = compressed[f"{part.module} in"]
+    return (wanted - model.get_submodule(part.module)(inputs)).double().T @ inputs.double()
 
 
 @pytest.mark.parametrize("residual", [True, False])
@@ -110,7 +109,7 @@ def test_a_step_measures_what_whole_models_give(name: str, residual: bool) -> No
         measured = step.measure({target: (Gram(),) for target in step.targets})
         for target in step.targets:
             (part,) = target.parts
-            found = measured.crosses[part.module]
+            found = measured.missed[part.module]
             assert (
                 found.shape == oriented(model.get_submodule(part.module), model.get_submodule(part.module).weight).shape
             )
@@ -140,7 +139,7 @@ def test_how_many_sequences_run_at_once_changes_rounding_alone() -> None:
         pair, structure = paired(model, True, batch)
         inside = [structure.of_block(index) for index in range(structure.count)]
         steps = pair.steps(inside)
-        found.append({m: c for step in steps for m, c in step.measure({}).crosses.items()})
+        found.append({m: c for step in steps for m, c in step.measure({}).missed.items()})
     for module, cross in found[0].items():
         torch.testing.assert_close(cross, found[1][module], rtol=1e-4, atol=1e-4)
 
@@ -161,6 +160,29 @@ def test_what_is_not_measured_is_not_run(monkeypatch: pytest.MonkeyPatch) -> Non
     steps: list[Step] = list(pair.steps(inside))
     assert len(steps) == 8 and [step.last for step in steps] == [False, False, False, True] * 2
     assert len(runs) == 2 * 2, "both streams through the first block, two batches each"
+
+
+def test_the_dense_stream_goes_on_with_the_last_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    from spectrim.model import blocks
+
+    pair, structure = paired(FAMILIES["llama"].make(), residual=False)
+    whole: list[int] = []
+    run = blocks.run
+
+    def counted(*args: Any) -> Tensor:
+        output = run(*args)
+        whole.append(1)  # not where a hook has stopped it
+        return output
+
+    monkeypatch.setattr(blocks, "run", counted)
+    inside = [structure.of_block(index) for index in range(structure.count)]
+    for step in pair.steps(inside, through=True):
+        step.measure({})
+    assert len(whole) == 2 * 2 * structure.count, "once a stream, block and batch"
+    model = FAMILIES["llama"].make()
+    with torch.no_grad():
+        states = model(IDS[:4], output_hidden_states=True).hidden_states
+    torch.testing.assert_close(model.base_model.norm(pair.dense.get(structure.count, 0)), states[-1])
 
 
 def test_blocks_that_do_not_add_up_are_refused_unless_told_not_to() -> None:

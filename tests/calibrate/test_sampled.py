@@ -68,10 +68,11 @@ def test_output_fisher_is_that_of_each_sequence_by_hand_whatever_the_batches(nam
     for index, block in first.items():
         for target in structure.of_block(index):
             found, again = block.of(target)[target.name], second[index].of(target)[target.name]
-            scale = float(expected[target.name].abs().max())
-            torch.testing.assert_close(found[OutputFisher()], expected[target.name], rtol=1e-4, atol=1e-5 * scale)
+            count = ids.numel() if mask is None else int(mask.sum())
+            mean = expected[target.name] / count
+            torch.testing.assert_close(found[OutputFisher()], mean, rtol=1e-4, atol=1e-5 * float(mean.abs().max()))
             assert torch.equal(found[OutputFisher()], again[OutputFisher()]), "batches do not matter"
-            assert float(found[Tokens()]) == (ids.numel() if mask is None else int(mask.sum()))
+            assert float(found[Tokens()]) == count
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
@@ -89,6 +90,35 @@ def test_each_kind_of_labels_has_its_own_backward_pass() -> None:
     together = measure(FisherColumns(), OutputFisher())
     assert torch.equal(together[FisherColumns()], measure(FisherColumns())[FisherColumns()])
     assert torch.equal(together[OutputFisher()], measure(OutputFisher())[OutputFisher()])
+
+
+@pytest.mark.parametrize("side", ["none", "left"])
+@pytest.mark.parametrize("every", [2, 3, 100])
+def test_of_some_sequences_alone_while_others_give_what_needs_no_gradient(every: int, side: str) -> None:
+    model = FAMILIES["llama"].make()
+    structure = share_inputs(model, targets.find(model))
+    ids = token_ids()
+    mask = padding(side, len(ids))
+    some = slice(0, None, every)
+    expected = by_hand("llama", ids[some], None if mask is None else mask[some])
+    each: tuple[Statistic, ...] = (OutputFisher(every), Tokens(), Gram(), FisherColumns())
+    without = (OutputFisher(every), Tokens(), Gram())
+    wanted = lambda chosen: {  # noqa: E731
+        i: Wanted(dict.fromkeys(structure.of_block(i), chosen)) for i in range(structure.count)
+    }
+    whole = dict(resident(model, structure, batches(ids, mask, 1), wanted((Tokens(), Gram()))))
+    count = len(ids[some]) * ids.shape[1] if mask is None else int(mask[some].sum())
+    for chosen in (each, without):
+        found = dict(resident(model, structure, batches(ids, mask, 2), wanted(chosen)))
+        for index, block in found.items():
+            for target in structure.of_block(index):
+                of_target, all_of_it = block.of(target)[target.name], whole[index].of(target)[target.name]
+                mean = expected[target.name] / count
+                scale = float(mean.abs().max())
+                torch.testing.assert_close(of_target[OutputFisher(every)], mean, rtol=1e-4, atol=1e-5 * scale)
+                torch.testing.assert_close(of_target[Gram()], all_of_it[Gram()], rtol=1e-5, atol=1e-5)
+                assert of_target[Tokens()] == all_of_it[Tokens()]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def test_labels_are_drawn_as_often_as_the_model_says() -> None:

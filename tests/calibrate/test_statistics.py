@@ -115,12 +115,16 @@ def test_fisher_by_entry_changes_neither_the_gradient_nor_another_state() -> Non
     assert Fisher().result(second).shape == (0, 4), "no gradient, no rows"
 
 
-def test_output_fisher_is_the_sum_of_outer_products_of_its_columns() -> None:
-    first, second = tokens(5, 4, 0), tokens(5, 7, 1)
-    expected = first.double() @ first.double().T + second.double() @ second.double().T
+def test_output_fisher_is_the_mean_of_outer_products_of_its_columns() -> None:
+    first, second = tokens(5, 4, 0).double(), tokens(5, 7, 1).double()
+    expected = (first @ first.T + second @ second.T) / 11
     found = measured(OutputFisher(), 9, (first,), (second,))
     assert found.dtype == torch.float64 and found.shape == (5, 5)
     torch.testing.assert_close(found, expected, rtol=1e-14, atol=1e-14)
+    half = measured(OutputFisher(), 9, (first.bfloat16(),), (second.bfloat16(),))
+    expected = (first.bfloat16().double() @ first.bfloat16().double().T) / 11
+    expected += second.bfloat16().double() @ second.bfloat16().double().T / 11
+    torch.testing.assert_close(half, expected, rtol=1e-5, atol=1e-6)  # not by bfloat16's 4e-3
 
 
 def test_tokens_are_counted_over_batches() -> None:

@@ -39,7 +39,7 @@ def test_decomposed_it_is_what_alternating_least_squares_end_at(shape: tuple[int
     weight, inputs, outputs = streams(shape)
     output, gram, rank = semidefinite(shape[0], 3), inputs @ inputs.T, 2
     aim = wanted(weight, inputs, outputs, share)
-    instead = pulled(weight, gram, outputs @ inputs.T, share, 0.0)
+    instead = pulled(weight, gram, (outputs - weight @ inputs) @ inputs.T, share, 0.0)
     left, right, _ = two_sided(instead, gram, output)
     missed = aim - left[:, :rank] @ right[:rank] @ inputs
     found = float((missed * (output @ missed)).sum())
@@ -53,7 +53,7 @@ def test_the_error_splits_into_what_no_matrix_reaches_and_what_is_cut(shape: tup
     weight, inputs, outputs = streams(shape)
     output, gram, share = semidefinite(shape[0], 3), inputs @ inputs.T, 0.7
     aim = wanted(weight, inputs, outputs, share)
-    instead = pulled(weight, gram, outputs @ inputs.T, share, 0.0)
+    instead = pulled(weight, gram, (outputs - weight @ inputs) @ inputs.T, share, 0.0)
     left, right, energies = two_sided(instead, gram, output)
     root = roots(output, 1e-12)[0]
     unreachable = float((root @ (aim - instead @ inputs)).square().sum())
@@ -67,19 +67,19 @@ def test_the_error_splits_into_what_no_matrix_reaches_and_what_is_cut(shape: tup
 @SHAPES
 def test_what_is_aimed_at_decides(shape: tuple[int, int]) -> None:
     weight, inputs, outputs = streams(shape)
-    gram, cross = inputs @ inputs.T, outputs @ inputs.T
-    assert torch.equal(pulled(weight, gram, cross, 0.0, 1e-3), weight)
+    gram, missed = inputs @ inputs.T, (outputs - weight @ inputs) @ inputs.T
+    assert torch.equal(pulled(weight, gram, missed, 0.0, 1e-3), weight)
     torch.testing.assert_close(
-        pulled(weight, gram, cross, 1.0, 0.0), torch.linalg.lstsq(inputs.T, outputs.T).solution.T, rtol=1e-8, atol=1e-10
+        pulled(weight, gram, missed, 1.0, 0.0), torch.linalg.lstsq(inputs.T, outputs.T).solution.T, rtol=1e-8, atol=1e-10
     )
     # nothing lost before it: nothing to make up for, whatever the share
-    torch.testing.assert_close(pulled(weight, gram, weight @ gram, 0.7, 1e-3), weight, rtol=0, atol=1e-12)
+    torch.testing.assert_close(pulled(weight, gram, torch.zeros_like(weight), 0.7, 1e-3), weight, rtol=0, atol=1e-12)
 
 
 def test_the_ridge_pulls_to_the_weight() -> None:
     weight, inputs, outputs = streams((7, 11))
-    gram, cross = inputs @ inputs.T, outputs @ inputs.T
-    moved = [float((pulled(weight, gram, cross, 1.0, ridge) - weight).norm()) for ridge in (0.0, 1e-2, 1.0, 1e6)]
+    gram, missed = inputs @ inputs.T, (outputs - weight @ inputs) @ inputs.T
+    moved = [float((pulled(weight, gram, missed, 1.0, ridge) - weight).norm()) for ridge in (0.0, 1e-2, 1.0, 1e6)]
     assert moved == sorted(moved, reverse=True) and moved[-1] < 1e-4 * moved[0]
 
 
@@ -87,7 +87,7 @@ def test_inputs_that_span_little_change_nothing_beside_them() -> None:
     weight, share = random(5, 8), 0.5
     inputs = random(8, 2, seed=1) @ random(2, TOKENS, seed=2)
     outputs = weight @ inputs + random(5, TOKENS, seed=3)
-    instead = pulled(weight, inputs @ inputs.T, outputs @ inputs.T, share, 1e-3)
+    instead = pulled(weight, inputs @ inputs.T, (outputs - weight @ inputs) @ inputs.T, share, 1e-3)
     beside = torch.linalg.qr(inputs, mode="complete").Q[:, 2:]
     torch.testing.assert_close(instead @ beside, weight @ beside, rtol=0, atol=1e-9)
     assert float((instead - weight).norm()) > 1e-2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -16,7 +17,7 @@ from spectrim.calibrate.resident import resident
 from spectrim.core import budget, registry
 from spectrim.core.plan import Candidate, Choice, Part, Plan, Target
 from spectrim.core.registry import Problem
-from spectrim.methods.measured import MeasuredCurve, _Rounds, scaled
+from spectrim.methods.measured import APART, MeasuredCurve, _Rounds, scaled
 from spectrim.methods.spectrim import TwoSidedSVD
 from spectrim.model import targets
 from spectrim.model.blocks import Batch, share_inputs
@@ -129,14 +130,16 @@ def test_planned_ranks_are_measured_and_the_best_plan_on_the_whole_model_is_take
     found = []
     for ratio in (0.2, 0.4, 0.6):
         asked = trial.problem(ratio)
-        by_rounds = [MeasuredCurve(trial=3, rounds=rounds).allocate(asked) for rounds in (0, 1, 3)]
+        by_rounds = [MeasuredCurve(trial=3, length=None, rounds=rounds, exchange=0).allocate(asked) for rounds in (0, 1, 3)]
         losses = [loss(plan) for plan in by_rounds]
         assert losses[2] <= losses[1] * (1 + 1e-6) <= losses[0] * (1 + 1e-6), losses
-        rounds = _Rounds(MeasuredCurve(trial=3, rounds=1), asked)
+        rounds = _Rounds(MeasuredCurve(trial=3, length=None, rounds=1, exchange=0), asked)
         first, plan = by_rounds[0], rounds.best()
         assert plan == by_rounds[1]
         for name, choice in first.choices.items():
-            assert choice.counts["rank"] in rounds.points[name]
+            rank, curve = choice.counts["rank"], curves(trial)[name]
+            near = min(abs(math.log(float(curve[rank]) / float(curve[r]))) for r in rounds.points[name])
+            assert near <= math.log(APART) and (near == 0 or rank not in rounds.points[name])
         found.append(losses[0] - losses[2])
     assert max(found) > 0, "a later round is better somewhere"
 
@@ -147,7 +150,7 @@ def test_no_plan_has_a_smaller_predicted_loss(format: str) -> None:
     some = [target for target in whole.targets if target.role in ("q", "k", "down")][:3]
     whole.targets = some
     asked = whole.problem(0.4)
-    method = MeasuredCurve(trial=2, gap=0.0, rounds=0)
+    method = MeasuredCurve(trial=2, gap=0.0, rounds=0, exchange=0)
     plan = method.allocate(asked)
     rounds = _Rounds(method, asked)
     rounds.measure({target.name: method.trial_rank(asked, target) for target in some})
@@ -186,7 +189,7 @@ def test_without_measuring_the_plan_needs_no_model_and_takes_curves_as_they_are(
 
 
 def test_measurements_are_remembered_by_matrix_and_rank(trial: Trial) -> None:
-    memory, method = Remembered(), MeasuredCurve(trial=2, rounds=0)
+    memory, method = Remembered(), MeasuredCurve(trial=2, rounds=0, exchange=0)
     first = method.allocate(trial.problem(0.3, remember=memory))
     assert len(memory.stored) == len(trial.targets)
     trial.built.clear()
@@ -199,7 +202,7 @@ def test_measurements_are_remembered_by_matrix_and_rank(trial: Trial) -> None:
 
 
 def test_a_killed_run_goes_on(trial: Trial) -> None:
-    memory, method, stop = Remembered(), MeasuredCurve(trial=2, rounds=0), StopAtFour()
+    memory, method, stop = Remembered(), MeasuredCurve(trial=2, rounds=0, exchange=0), StopAtFour()
     with pytest.raises(KeyboardInterrupt):
         method.allocate(trial.problem(0.3, remember=memory, progress=stop))
     assert stop.seen == [("measure", i, len(trial.targets)) for i in range(1, 5)] and len(memory.stored) == 4
@@ -259,7 +262,7 @@ def test_a_matrix_without_energy_is_cut_first_and_one_of_low_rank_is_measured_wh
         trial.candidates[target.name] = replace(candidate, units=(units,))
     asked = trial.problem(0.3)
     trial.built.clear()
-    plan = MeasuredCurve(trial=1, rounds=0).allocate(asked)
+    plan = MeasuredCurve(trial=1, rounds=0, exchange=0).allocate(asked)
     assert zero.name not in dict(trial.built) and dict(trial.built)[low.name] == 2
     assert plan.choices[zero.name].counts["rank"] <= 3 and plan.choices[low.name].counts["rank"] <= 6
 

@@ -23,6 +23,7 @@ from spectrim.model import targets
 from spectrim.model.blocks import Batch, share_inputs
 from tests.families import FAMILIES, VOCABULARY
 
+FISHER = OutputFisher(4)  # of one window of four, by default
 IDS = torch.randint(1, VOCABULARY, (6, 16), generator=torch.Generator().manual_seed(2))
 FORMATS = pytest.mark.parametrize("format", ["low_rank", "pivot"])
 
@@ -41,7 +42,7 @@ def of_matrix(method: TwoSidedSVD, weight: Tensor, stats: Mapping[Any, Tensor]) 
 
 def statistics(out: int, width: int) -> dict[Any, Tensor]:
     x, g = random(50, width, seed=1) * random(width, seed=2).exp(), random(50, out, seed=3) * random(out, seed=4).exp()
-    return {Gram(): x.T @ x, OutputFisher(): g.T @ g, Tokens(): torch.tensor([50.0])}
+    return {Gram(): x.T @ x, FISHER: g.T @ g / 50, Tokens(): torch.tensor([50.0])}
 
 
 @pytest.mark.parametrize("shape", [(8, 14), (14, 8)])
@@ -51,15 +52,15 @@ def test_a_candidate_is_the_optimum_and_its_scores_are_nats(
     shape: tuple[int, int], damping: float, shrink: float
 ) -> None:
     weight, stats = random(*shape), statistics(*shape)
-    candidate = of_matrix(TwoSidedSVD(damping, shrink), weight, stats)
+    candidate = of_matrix(TwoSidedSVD(damping, shrink=shrink), weight, stats)
     gram = shrunk(stats[Gram()], shrink, "diagonal")
-    left, right, _ = two_sided(weight, gram, damped(stats[OutputFisher()], damping))
+    left, right, _ = two_sided(weight, gram, damped(stats[FISHER], damping))
     for rank in (0, 3, 8):
         cut = candidate.cut(Choice({"layer": "low_rank"}, {"rank": rank}))["layer"]
         torch.testing.assert_close(cut["left"] @ cut["right"], left[:, :rank] @ right[:rank])
         difference = weight - left[:, :rank] @ right[:rank]
         # E[g gᵀ] and E[x xᵀ], a token
-        second_order = (damped(stats[OutputFisher()], damping) / 50 @ difference @ (gram / 50) * difference).sum() / 2
+        second_order = (damped(stats[FISHER], damping) @ difference @ (gram / 50) * difference).sum() / 2
         predicted = candidate.rank_units.scores[rank:].square().sum() / 2
         assert float(predicted) == pytest.approx(float(second_order), rel=1e-6, abs=1e-12)
     assert candidate.rank_units.errors is None
@@ -74,7 +75,7 @@ def test_one_sided_is_whitened_svd_and_says_so(shape: tuple[int, int], caplog: p
     assert torch.equal(candidate.tensors()["left"], left) and candidate.tensors().keys() == {"left"}
     assert candidate.rank_units.errors is not None and torch.equal(candidate.rank_units.errors, energies)
     assert "layer: one-sided" in caplog.text
-    assert TwoSidedSVD(sided="input").needs == (Gram(),) and OutputFisher() in TwoSidedSVD().needs
+    assert TwoSidedSVD(sided="input").needs == (Gram(),) and FISHER in TwoSidedSVD().needs
     shrunken = of_matrix(TwoSidedSVD(sided="input", shrink=1.0, shrink_to="identity"), weight, stats)
     assert shrunken.rank_units.errors is None, "errors in another metric are none at the output"
     torch.testing.assert_close(shrunken.tensors()["left"], directions(weight, None)[0])
@@ -82,7 +83,7 @@ def test_one_sided_is_whitened_svd_and_says_so(shape: tuple[int, int], caplog: p
 
 def test_gradients_that_overflowed_are_refused() -> None:
     stats = statistics(4, 5)
-    stats[OutputFisher()][0, 0] = torch.inf
+    stats[FISHER][0, 0] = torch.inf
     with pytest.raises(ValueError, match="layer: Fisher information is not finite"):
         of_matrix(TwoSidedSVD(), random(4, 5), stats)
 
@@ -120,7 +121,7 @@ def test_sampled_labels_and_both_sides_lose_less_than_one_in_the_metric_itself(l
             candidate = each.decompose(target, {target.name: weight}, {target.name: stats})
             cut = candidate.cut(Choice({target.name: "low_rank"}, {"rank": 6}))[target.name]
             difference = weight - cut["left"] @ cut["right"]
-            lost.append(float((stats[OutputFisher()] @ difference @ stats[Gram()] * difference).sum()))
+            lost.append(float((stats[FISHER] @ difference @ stats[Gram()] * difference).sum()))
         assert lost[0] <= lost[1] * (1 + 1e-9)
 
 
@@ -131,6 +132,7 @@ def test_sampled_labels_and_both_sides_lose_less_than_one_in_the_metric_itself(l
     ("kind", "settings", "reason"),
     [
         ("two_sided_svd", {"damping": -0.1}, "damping is -0.1"),
+        ("two_sided_svd", {"every": 0}, "every is 0"),
         ("two_sided_svd", {"shrink": 1.5}, "shrink is 1.5"),
         ("two_sided_svd", {"shrink_to": "mean"}, "'mean'"),
         ("two_sided_svd", {"sided": "output"}, "'output'"),
@@ -138,6 +140,7 @@ def test_sampled_labels_and_both_sides_lose_less_than_one_in_the_metric_itself(l
         ("measured_curve", {"length": 1}, "length is 1"),
         ("measured_curve", {"multiple": 0}, "multiple is 0"),
         ("measured_curve", {"least": -1}, "least is -1"),
+        ("measured_curve", {"exchange": -1}, "exchange is -1"),
         ("measured_curve", {"gap": 1.0}, "gap is 1.0"),
         ("measured_curve", {"rounds": -1}, "rounds is -1"),
         ("measured_curve", {"point": "half"}, "'half'"),

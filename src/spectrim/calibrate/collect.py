@@ -91,7 +91,8 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
 class Collector:
     """Watches one block through hooks; `mask` says which tokens of the running batch are real (None: all).
 
-    `sequences` is the number of them in it, `labels` those of the loss that is run backwards.
+    `sequences` is the number of them in it, `first` which of all its first one is, `labels` those of the loss that is
+    run backwards.
 
     Raises ValueError for sub-layer statistics of a block whose `o` and `down` outputs do not add up to its own.
     """
@@ -99,7 +100,7 @@ class Collector:
     def __init__(self, model: nn.Module, block: str, targets: Iterable[Target], wanted: Wanted, device: torch.device):
         self.model, self.block, self.wanted, self.device = model, block, wanted, device
         self.mask: Tensor | None = None
-        self.sequences = 1
+        self.sequences, self.first = 1, 0
         self.labels: Labels = "text"
         self.targets = list(targets)
         self.states: dict[tuple[str, Statistic], State] = {}
@@ -165,7 +166,7 @@ class Collector:
 
         def add(chosen: list[Statistic], gradient: Tensor) -> None:
             for statistic in chosen:
-                if statistic.labels == self.labels:
+                if statistic.labels == self.labels and self.first % statistic.one_of == 0:
                     statistic.update(self._state(module, statistic, width), gradient)
 
         def on_weight(weight: Tensor) -> None:
@@ -174,7 +175,8 @@ class Collector:
             weight.grad = None
 
         def on_output(_: nn.Module, __: Any, output: Tensor) -> None:
-            output.register_hook(lambda gradient: add(of_output, self._real(gradient).T))
+            if output.requires_grad:
+                output.register_hook(lambda gradient: add(of_output, self._real(gradient).T))
 
         if of_weight:
             parameter = self._module(module).weight

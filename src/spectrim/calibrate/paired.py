@@ -35,13 +35,14 @@ ADDED = ("o", "down")
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one step: statistics of the compressed stream, and by module Σ t x′ᵀ, out × in, float64.
+    """Of one step: statistics of the compressed stream, and by module Σ (t − W x′) x′ᵀ, out × in, float64.
 
-    t is what the dense stream says the module's output should be, without its bias.
+    t is what the dense stream says the module's output should be, W x′ what the dense weight makes of its inputs. What
+    W misses is small beside t: products of a batch in float32 (float64 in a float64 model) lose nothing of it.
     """
 
     statistics: BlockStatistics
-    crosses: Mapping[str, Float[Tensor, "out in"]]
+    missed: Mapping[str, Float[Tensor, "out in"]]
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class Paired:
                 self.tupled = block.answers_tuple()
             steps = steps_of(inside[index])
             for place, step in enumerate(steps, 1):
-                yield Step(index, place == len(steps), step, block.measuring(step))
+                yield Step(index, place == len(steps), step, block.measuring(step, place == len(steps)))
             if index < last or through:
                 block.advance()
             own = {name: module for name, module in self.installed.items() if name.startswith(f"{prefix}.")}
@@ -170,6 +171,7 @@ class _Block:
     prefix: str
     calls: Mapping[int, Call]
     residual: bool = False
+    advanced: bool = False  # the dense stream, with the block's last step
 
     @property
     def model(self) -> nn.Module:
@@ -204,14 +206,18 @@ class _Block:
         """Both streams through the whole block."""
         with without_dropout(self.model):
             for i in self.of.own:
-                output = self._run(self.of.dense, i)
-                self._refuse(output, i, "")
-                self.of.dense.put(self.index + 1, i, output)
+                if not self.advanced:
+                    self.leave(i, self._run(self.of.dense, i))
                 with self._compressed():
                     output = self._run(self.of.compressed, i)
                 self._refuse(output, i, " as compressed so far")
                 self.of.compressed.put(self.index + 1, i, output)
                 heap.give_back()
+
+    def leave(self, batch: int, output: Tensor) -> None:
+        """The dense stream leaves the block."""
+        self._refuse(output, batch, "")
+        self.of.dense.put(self.index + 1, batch, output)
 
     def _refuse(self, output: Tensor, batch: int, which: str) -> None:
         if not torch.isfinite(output).all():
@@ -240,29 +246,37 @@ class _Block:
             )
         return right
 
-    def measuring(self, targets: Sequence[Target]) -> Callable[[Mapping[Target, tuple[Statistic, ...]]], Measured]:
-        """What `Step.measure` is."""
-        return lambda wanted: self._measure(targets, wanted)
+    def measuring(
+        self, targets: Sequence[Target], last: bool
+    ) -> Callable[[Mapping[Target, tuple[Statistic, ...]]], Measured]:
+        """What `Step.measure` is; with the last step the dense stream runs on to the block's end."""
+        return lambda wanted: self._measure(targets, wanted, last)
 
     @torch.no_grad()
-    def _measure(self, targets: Sequence[Target], wanted: Mapping[Target, tuple[Statistic, ...]]) -> Measured:
+    def _measure(
+        self, targets: Sequence[Target], wanted: Mapping[Target, tuple[Statistic, ...]], last: bool
+    ) -> Measured:
         of, structure = self.of, self.of.structure
         collector = Collector(self.model, self.prefix, structure.of_block(self.index), Wanted(wanted), of.device)
-        crosses = _Crosses(self, targets)
+        missed = _Missed(self, targets)
+        on = last and not self.advanced
         with without_dropout(self.model):
             for i, batch in of.own.items():
-                crosses.dense(i, batch)
+                output = missed.dense(i, on)
+                if output is not None:
+                    self.leave(i, output)
                 collector.mask, collector.sequences = batch.mask, len(batch.ids)
                 with self._compressed(), collector:
-                    crosses.compressed(i, batch)
+                    missed.compressed(i, batch)
                 collector.handles.clear()
                 heap.give_back()
-        sums = {name: distributed.add_up(crosses.sums[name]) for name in sorted(crosses.sums)}
+        self.advanced = self.advanced or on
+        sums = {name: distributed.add_up(missed.sums[name]) for name in sorted(missed.sums)}
         return Measured(collector.result(), sums)
 
 
-class _Crosses:
-    """Σ t x′ᵀ of the modules of a step; batch by batch first the dense stream, then the compressed one."""
+class _Missed:
+    """Σ (t − W x′) x′ᵀ of the modules of a step; batch by batch first the dense stream, then the compressed one."""
 
     def __init__(self, block: _Block, targets: Sequence[Target]):
         self.block = block
@@ -277,12 +291,15 @@ class _Crosses:
         self.ends = {module: self.before[role] for role, module in self.added.items() if module in self.parts}
         self.wanted: dict[str, Tensor] = {}
 
-    def dense(self, i: int, batch: Batch) -> None:
-        """Note what the outputs should be; where they are to repair the residual stream, up to what it is there."""
+    def dense(self, i: int, on: bool) -> Tensor | None:
+        """Note what the outputs should be; where they are to repair the residual stream, up to what it is there.
+
+        on: run to the block's end, and give what leaves it.
+        """
         watched = {*self.parts, *(module for before in self.ends.values() for module in before)}
         state = self.block.of.dense.get(self.block.index, i).to(self.block.of.device)
-        with _outputs(self.block.model, watched, stop=True) as seen:
-            self._until_enough(self.block.of.dense, i, state)
+        with _outputs(self.block.model, watched, stop=not on) as seen:
+            output = self._until_enough(self.block.of.dense, i, state)
         self.wanted = {}
         for name in self.parts:
             wanted = seen[name]
@@ -291,6 +308,7 @@ class _Crosses:
                     state.shape
                 )
             self.wanted[name] = wanted
+        return output if on else None
 
     def compressed(self, i: int, batch: Batch) -> None:
         """Add what the batch gives."""
@@ -305,10 +323,9 @@ class _Crosses:
                     wanted = self.wanted.pop(name)
                     if name in self.ends:
                         wanted = wanted - sum((seen[other].reshape(state.shape) for other in self.ends[name]), state)
-                    bias = getattr(module, "bias", None)
-                    wanted = wanted if bias is None else wanted - bias
-                    rows, inputs = _real(wanted, batch), _real(args[0], batch)
-                    self.sums[name].addmm_(rows.double().T, inputs.double())
+                    missing, inputs = _real(wanted - output, batch), _real(args[0], batch)
+                    exact = torch.promote_types(inputs.dtype, torch.float32)
+                    self.sums[name] += missing.to(exact).T @ inputs.to(exact)
                     left.discard(name)
                     if not left:
                         raise _Enough
@@ -320,11 +337,11 @@ class _Crosses:
                 stack.callback(handle.remove)
             self._until_enough(self.block.of.compressed, i, state)
 
-    def _until_enough(self, states: States, i: int, state: Tensor) -> None:
+    def _until_enough(self, states: States, i: int, state: Tensor) -> Tensor | None:
         try:
-            self.block._run(states, i, state)
+            return self.block._run(states, i, state)
         except _Enough:
-            return
+            return None
 
 
 def _real(state: Tensor, batch: Batch) -> Float[Tensor, "tokens width"]:

@@ -38,11 +38,12 @@ def resident(
         if of_block
     }
     of_gradients = {name: chosen for of_block in wanted.values() for name, chosen in of_block.gradients().items()}
-    labels = sorted({s.labels for chosen in of_gradients.values() for s in chosen})
+    every = sorted({(s.labels, s.one_of) for chosen in of_gradients.values() for s in chosen})
     learning = {name for name, chosen in of_gradients.items() if any(s.of == "weight" for s in chosen)}
     through = any(s.of == "output" for chosen in of_gradients.values() for s in chosen)
-    single = _singly(batches) if labels else list(batches)
+    single = _singly(batches) if every else list(batches)
     own = portion(single, wanted.values())
+    size = max((len(batch.ids) for batch in batches), default=1)
     with ExitStack() as stack:
         stack.enter_context(_learning(model, learning))
         stack.enter_context(without_dropout(model))
@@ -50,14 +51,44 @@ def resident(
             stack.enter_context(_from_the_embedding(model))
         for collector in collectors.values():
             stack.enter_context(collector)
-        for done, i in enumerate(own, 1):
-            batch = single[i]
+        for run in _runs(own, every, size):
+            batch = _joined([single[i] for i in run])
             for collector in collectors.values():
-                collector.mask, collector.sequences = batch.mask, len(batch.ids)
-            _pass(model, batch, labels, list(collectors.values()), i)
-            progress("calibrate", done, len(own))
+                collector.mask, collector.sequences, collector.first = batch.mask, len(batch.ids), run[0]
+            _pass(model, batch, _labels(run[0], every), list(collectors.values()), run[0])
+            progress("calibrate", run[-1] - own[0] + 1, len(own))
     for index, collector in collectors.items():
         yield index, collector.result()
+
+
+def _labels(sequence: int, every: Sequence[tuple[Labels, int]]) -> list[Labels]:
+    """The kinds of labels whose loss is run backwards on a sequence."""
+    return sorted({kind for kind, one_of in every if sequence % one_of == 0})
+
+
+def _runs(own: Sequence[int], every: Sequence[tuple[Labels, int]], size: int) -> Iterator[list[int]]:
+    """What runs at once, in order: a sequence that goes backwards alone, those between them up to `size` together."""
+    together: list[int] = []
+    for i in own:
+        alone = bool(_labels(i, every)) or not every
+        if together and (alone or len(together) == size):
+            yield together
+            together = []
+        if alone:
+            yield [i]
+        else:
+            together.append(i)
+    if together:
+        yield together
+
+
+def _joined(batches: Sequence[Batch]) -> Batch:
+    if len(batches) == 1:
+        return batches[0]
+    masks = [batch.mask for batch in batches]
+    known = [torch.ones_like(b.ids, dtype=torch.bool) if m is None else m for b, m in zip(batches, masks, strict=True)]
+    mask = None if all(m is None for m in masks) else torch.cat(known)
+    return Batch(torch.cat([batch.ids for batch in batches]), mask)
 
 
 @contextmanager
@@ -103,8 +134,13 @@ def _pass(
 ) -> None:
     ids = batch.ids.to(model.device)
     mask = None if batch.mask is None else batch.mask.to(model.device)
-    with torch.set_grad_enabled(bool(labels)):
-        logits = model(input_ids=ids, attention_mask=None if mask is None else mask.long(), use_cache=False).logits
+    attention = None if mask is None else mask.long()
+    if not labels:  # nothing is asked of the vocabulary
+        with torch.no_grad():
+            model.base_model(input_ids=ids, attention_mask=attention, use_cache=False)
+        return
+    with torch.enable_grad():
+        logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits
         for kind in labels:
             loss = _loss(logits, ids, mask) if kind == "text" else _sampled_loss(logits, ids, mask)
             if not torch.isfinite(loss):

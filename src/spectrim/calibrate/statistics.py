@@ -31,6 +31,11 @@ class Statistic:
     labels: ClassVar[Labels] = "text"
 
     @property
+    def one_of(self) -> int:
+        """Of a gradient: it is taken on the first of every so many sequences."""
+        return 1
+
+    @property
     def together(self) -> int:
         """How many sequences in a row are measured as one group, which one process runs."""
         return 1
@@ -186,25 +191,39 @@ class Fisher(Statistic):
 
 @dataclass(frozen=True)
 class OutputFisher(Statistic):
-    """B = Σ g gᵀ over tokens, out × out, float64; g is the gradient at a linear's output.
+    """B = E[g gᵀ] over tokens, out × out, float64; g is the gradient at a linear's output.
 
     The loss is the negative log-likelihood, summed over tokens, of labels drawn from the model's own predictions. So
-    over the draws B is the sum of the tokens' Fisher information matrices at that output, which is the Hessian of
+    over the draws B is the mean over tokens of the Fisher information matrices at that output, which is the Hessian of
     KL(model ‖ model with its output moved) where nothing is moved; the text's own labels would give neither.
+    every: one of so many sequences is run backwards. Products of one sequence are in the gradients' type, sums of them
+    in float64: what is drawn is far less certain than the rounding.
     Source: K-FAC (Martens and Grosse 2015), section 2, its output factor.
     """
 
+    every: int = 1
     where = "gradient"
     of = "output"
     labels = "sampled"
 
+    @property
+    def one_of(self) -> int:
+        """As asked."""
+        return self.every
+
     def start(self, width: int, device: torch.device) -> State:
         """No rows: how many outputs there are the first gradient says."""
-        return {"sum": torch.zeros(0, 0, dtype=torch.float64, device=device)}
+        empty = {"sum": (0, 0), "tokens": (1,)}
+        return {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in empty.items()}
 
     def update(self, state: State, *values: Float[Tensor, "out tokens"]) -> None:
         """Add Σ g gᵀ of one sequence."""
-        g = values[0].double()
+        g = values[0].float() if values[0].dtype in (torch.float16, torch.bfloat16) else values[0]
         if len(state["sum"]) == 0:
-            state["sum"] = g.new_zeros(len(g), len(g))
-        state["sum"].addmm_(g, g.T)
+            state["sum"] = g.new_zeros((len(g), len(g)), dtype=torch.float64)
+        state["sum"] += g @ g.T
+        state["tokens"] += g.shape[1]
+
+    def result(self, state: State) -> Float[Tensor, "out out"]:
+        """The mean."""
+        return state["sum"] / state["tokens"].clamp_min(1)

@@ -268,13 +268,14 @@ def energies_without(
 def pulled(
     weight: Float[Tensor, "out in"],
     gram: Float[Tensor, "in in"],
-    cross: Float[Tensor, "out in"],
+    missed: Float[Tensor, "out in"],
     share: float,
     ridge: float,
 ) -> Float[Tensor, "out in"]:
-    """W* = W + share · (C − W G)(G + λ I)⁻¹, float64, λ = ridge · mean of G's diagonal.
+    """W* = W + share · M (G + λ I)⁻¹, float64, λ = ridge · mean of G's diagonal.
 
-    With G = Σ x xᵀ and C = Σ t xᵀ it minimises Σ‖y − W* x‖² + λ ‖W* − W‖², y = share · t + (1 − share) · W x. At λ = 0
+    With G = Σ x xᵀ and M = Σ (t − W x) xᵀ it minimises Σ‖y − W* x‖² + λ ‖W* − W‖², y = share · t + (1 − share) · W x.
+    At λ = 0
 
         Σ‖y − W′ x‖² = Σ‖y − W* x‖² + tr((W* − W′) G (W* − W′)ᵀ)
 
@@ -286,7 +287,7 @@ def pulled(
         return weight.clone()
     held = gram.clone()
     held.diagonal().add_(ridge * size)
-    missed = cross.to(weight) - weight @ gram
+    missed = missed.to(weight)
     factor, failed = torch.linalg.cholesky_ex(held)
     if int(failed) == 0:
         return weight + share * torch.cholesky_solve(missed.T, factor).T

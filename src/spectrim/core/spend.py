@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,6 +20,18 @@ from spectrim.core.plan import Part, Plan, Target
 _SIZE = 1e4
 _TRIES = 20
 _CELLS = 10**8  # of the knapsack's table, two bytes each
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """The sizes that one matrix may have, ascending: ranks, and dense at last; with the parameters of each."""
+
+    ranks: tuple[int, ...]
+    costs: Int[Tensor, "sizes"]
+
+    def losses(self, lost: Float[Tensor, "_"]) -> Float[Tensor, "sizes"]:
+        """Those of every size, from those of every rank; dense loses nothing."""
+        return torch.cat([lost[list(self.ranks)], lost.new_zeros(1)])
 
 
 # --- best steps first ---

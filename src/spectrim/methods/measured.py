@@ -45,23 +45,17 @@ from spectrim.core.budget import rank_cost, rank_plan, rank_within
 from spectrim.core.meter import Meter
 from spectrim.core.plan import Plan, Target
 from spectrim.core.registry import Allocator, Decomposer, Problem, Sees, allocator
-from spectrim.core.spend import cut, hull, knapsack, single
+from spectrim.core.spend import Ladder, cut, hull, knapsack, single
+from spectrim.methods.exchange import Exchange
 
 logger = logging.getLogger(__name__)
 
 SMALL = 512  # matrices with a smaller side below this may get any rank
+APART = 1.25  # ranks are measured again where they are predicted to lose this many times more or less
 KNOWN = 1e-6  # the least share of a matrix's energy whose loss is measured
 FLOOR = 1e-9  # nats a token that a measured loss counts as at least: below it is rounding
 
 Points = dict[int, float]  # KL of a matrix alone at measured ranks
-
-
-@dataclass(frozen=True)
-class Ladder:
-    """The sizes that one matrix may have, ascending: ranks, and dense at last; with the parameters of each."""
-
-    ranks: tuple[int, ...]
-    costs: Int[Tensor, "sizes"]
 
 
 @allocator("measured_curve")
@@ -74,11 +68,12 @@ class MeasuredCurve(Allocator):
     with both sides 512 or more; least: rank that every matrix keeps; gap: see `knapsack`.
     """
 
-    trial: int = 32
-    length: int | None = None
+    trial: int = 16
+    length: int | None = 128
     scale: Literal["measured", "none"] = "measured"
     point: Literal["target", "tenth"] = "target"
     rounds: int = 2
+    exchange: int = 5
     multiple: int = 8
     least: int = 1
     gap: float = 1e-4
@@ -86,7 +81,7 @@ class MeasuredCurve(Allocator):
 
     def __post_init__(self) -> None:
         counts = {"trial": (self.trial, 1), "multiple": (self.multiple, 1), "least": (self.least, 0)}
-        for name, (value, lowest) in {**counts, "rounds": (self.rounds, 0)}.items():
+        for name, (value, lowest) in {**counts, "rounds": (self.rounds, 0), "exchange": (self.exchange, 0)}.items():
             if value < lowest:
                 raise ValueError(f"{name} is {value}: give at least {lowest}")
         if self.length is not None and self.length < 2:
@@ -171,18 +166,38 @@ class _Rounds:
                 break
             self.measure(found)
             plans.append(self.solved())
-        if len(plans) == 1:
+        if len(plans) == 1 and not self.method.exchange:
             return plans[0]
         losses = [self.whole(plan) for plan in plans]
         logger.info("measured_curve: KL by round %s", ", ".join(f"{loss:.4g}" for loss in losses))
         # a loss that is not a number is none that could be the least
         place = min(range(len(plans)), key=lambda i: (math.isnan(losses[i]), losses[i]))
-        return replace(plans[place], notes=tuple(self.notes))
+        best = plans[place]
+        if self.method.exchange and math.isfinite(losses[place]):
+            best = self.exchanged(best, losses[place])
+        return replace(best, notes=tuple(self.notes))
+
+    def exchanged(self, plan: Plan, lost: float) -> Plan:
+        """The plan moved step by step to where the model as a whole loses less; see `exchange`."""
+        step = Exchange(self.problem, self.ladders, self.curves, self.method.trial, self.method.length, self.method.gap)
+        for turn in range(self.method.exchange):
+            better = step.best(plan, self.whole)
+            logger.info("measured_curve: exchange %d: KL %.4g, before %.4g", turn + 1, better[1], lost)
+            if not better[1] < lost:
+                break
+            plan, lost = better
+        return plan
 
     def points_wanted(self, plan: Plan) -> dict[str, int]:
         """Planned ranks that were not measured yet."""
         ranks = {name: self.lowered(name, choice.counts["rank"]) for name, choice in plan.choices.items()}
-        return {name: rank for name, rank in ranks.items() if rank is not None and rank not in self.points[name]}
+        return {name: rank for name, rank in ranks.items() if rank is not None and self._far(name, rank)}
+
+    def _far(self, name: str, rank: int) -> bool:
+        """Whether what a rank is predicted to lose is apart from all that was measured of the matrix."""
+        known, curve = self.points[name], self.curves[name]
+        apart = (abs(math.log(float(curve[rank]) / float(curve[other]))) for other in known)
+        return min(apart, default=math.inf) > math.log(APART)
 
     def lowered(self, name: str, rank: int) -> int | None:
         """The rank, or the largest below it where something is lost; None for a matrix without energy."""
@@ -238,7 +253,7 @@ class _Rounds:
         problem, targets = self.problem, self.targets
         ladders = [self.ladders[target.name] for target in targets]
         losses = [
-            _losses(scaled(self.curves[target.name], self.points[target.name]), ladder)
+            ladder.losses(scaled(self.curves[target.name], self.points[target.name]))
             for target, ladder in zip(targets, ladders, strict=True)
         ]
         possible = sum(int(ladder.costs[lost.isfinite()].min()) for ladder, lost in zip(ladders, losses, strict=True))
@@ -299,11 +314,6 @@ def scaled(curve: Float[Tensor, "_"], points: Mapping[int, float]) -> Float[Tens
         if not math.isfinite(loss):
             lost[: rank + 1] = math.inf
     return lost.flip(0).cummax(0).values.flip(0)
-
-
-def _losses(lost: Float[Tensor, "_"], ladder: Ladder) -> Float[Tensor, "sizes"]:
-    """Those of every size; dense loses nothing."""
-    return torch.cat([lost[list(ladder.ranks)], lost.new_zeros(1)])
 
 
 def _filled(

@@ -15,6 +15,7 @@ by Cholesky. Our own decisions: sampled labels, no inverse of G, the damping's f
 
 - damping: B ← B + damping · mean(eigenvalues of B) · I. A second-order model holds near the dense point; the more is
   removed, the less one should trust small eigenvalues of B.
+- every: B is that of one of so many calibration windows, for it costs as much as all else; G is of all of them.
 - shrink: of G towards its diagonal or the mean of it, so that what the calibration text lacks is not free.
 - sided: "input" takes B = I, for models too large for a backward pass. It streams, its scores are then those of
   whitened SVD, and no currency between matrices.
@@ -48,6 +49,7 @@ class TwoSidedSVD(Decomposer):
     """The rank r nearest to W in the metric of its inputs and of the loss at its outputs; see the file's docstring."""
 
     damping: float = 0.3
+    every: int = 4
     shrink: float = 0.0
     shrink_to: Literal["diagonal", "identity"] = "diagonal"
     sided: Literal["both", "input"] = "both"
@@ -57,13 +59,19 @@ class TwoSidedSVD(Decomposer):
             raise ValueError(
                 f"damping is {self.damping}: a share of the mean eigenvalue, 0 or more; 0.3 is the default"
             )
+        if self.every < 1:
+            raise ValueError(f"every is {self.every}: B is of one of so many windows, 1 or more; 4 is the default")
         if not 0 <= self.shrink <= 1:
             raise ValueError(f"shrink is {self.shrink}: it must be from 0, the Gram itself, to 1, all of shrink_to")
 
     @property
     def needs(self) -> tuple[Statistic, ...]:
         """The Gram of the inputs; on both sides also the Fisher information at the outputs, and the tokens' number."""
-        return (Gram(),) if self.sided == "input" else (Gram(), Tokens(), OutputFisher())
+        return (Gram(),) if self.sided == "input" else (Gram(), Tokens(), self._fisher)
+
+    @property
+    def _fisher(self) -> OutputFisher:
+        return OutputFisher(self.every)
 
     def decompose(self, target: Target, weights: Mapping[str, Tensor], stats: Mapping[str, Statistics]) -> Candidate:
         """Rank units of a single-matrix target; errors at its output only where the metric is the Gram alone.
@@ -90,8 +98,9 @@ class TwoSidedSVD(Decomposer):
         self, target: Target, weight: Float[Tensor, "out in"], gram: Float[Tensor, "in in"], found: Statistics
     ) -> tuple[Float[Tensor, "out k"], Float[Tensor, "k in"], Float[Tensor, "k"]]:
         """The factors, and energies in twice nats a token."""
-        if not bool(found[OutputFisher()].isfinite().all()):
+        fisher = found[self._fisher]
+        if not bool(fisher.isfinite().all()):
             raise ValueError(f"{target.name}: Fisher information is not finite, its gradients overflowed")
         tokens = float(found[Tokens()].clamp_min(1))
-        left, right, energies = two_sided(weight, gram, damped(found[OutputFisher()], self.damping))
-        return left, right, energies / tokens**2
+        left, right, energies = two_sided(weight, gram, damped(fisher, self.damping))
+        return left, right, energies / tokens
