@@ -10,8 +10,8 @@ dense residual stream, so what was lost before them counts too. Any decomposer w
 
 Sources: outputs of the dense model on compressed inputs are AA-SVD's (arXiv 2604.02119), the mix PIFA's (arXiv
 2501.19090). Our own: both in one closed form for every decomposer, and the residual stream as what is aimed at.
-Costs: two streams, run through a block once a step of it (q, k, v; o; gate, up; down) and once more; out × in float64
-of each matrix of a step.
+Costs: two streams, run as far as each step of a block (q, k, v; o; gate, up; down), the compressed one once more whole;
+out × in float64 of each matrix of a step.
 """
 
 from __future__ import annotations

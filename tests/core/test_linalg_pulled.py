@@ -70,7 +70,10 @@ def test_what_is_aimed_at_decides(shape: tuple[int, int]) -> None:
     gram, missed = inputs @ inputs.T, (outputs - weight @ inputs) @ inputs.T
     assert torch.equal(pulled(weight, gram, missed, 0.0, 1e-3), weight)
     torch.testing.assert_close(
-        pulled(weight, gram, missed, 1.0, 0.0), torch.linalg.lstsq(inputs.T, outputs.T).solution.T, rtol=1e-8, atol=1e-10
+        pulled(weight, gram, missed, 1.0, 0.0),
+        torch.linalg.lstsq(inputs.T, outputs.T).solution.T,
+        rtol=1e-8,
+        atol=1e-10,
     )
     # nothing lost before it: nothing to make up for, whatever the share
     torch.testing.assert_close(pulled(weight, gram, torch.zeros_like(weight), 0.7, 1e-3), weight, rtol=0, atol=1e-12)

@@ -99,9 +99,7 @@ def test_moved_plans_keep_the_budget_and_the_reach_and_lose_least_as_predicted(t
 
 def test_each_turn_loses_less_and_the_last_is_what_the_recipe_takes(trial: Trial) -> None:
     asked = trial.problem(0.5)
-    plans = [
-        MeasuredCurve(trial=WINDOWS, length=None, rounds=0, exchange=turns).allocate(asked) for turns in (0, 1, 5)
-    ]
+    plans = [MeasuredCurve(trial=WINDOWS, length=None, rounds=0, exchange=turns).allocate(asked) for turns in (0, 1, 5)]
     losses = [loss(trial, plan) for plan in plans]
     assert losses[2] <= losses[1] * (1 + 1e-6) and losses[1] < losses[0]
     kept = {

@@ -130,7 +130,9 @@ def test_planned_ranks_are_measured_and_the_best_plan_on_the_whole_model_is_take
     found = []
     for ratio in (0.2, 0.4, 0.6):
         asked = trial.problem(ratio)
-        by_rounds = [MeasuredCurve(trial=3, length=None, rounds=rounds, exchange=0).allocate(asked) for rounds in (0, 1, 3)]
+        by_rounds = [
+            MeasuredCurve(trial=3, length=None, rounds=rounds, exchange=0).allocate(asked) for rounds in (0, 1, 3)
+        ]
         losses = [loss(plan) for plan in by_rounds]
         assert losses[2] <= losses[1] * (1 + 1e-6) <= losses[0] * (1 + 1e-6), losses
         rounds = _Rounds(MeasuredCurve(trial=3, length=None, rounds=1, exchange=0), asked)

@@ -6,7 +6,7 @@ every matrix k is measured in the compressed model at a size a little larger, u_
     a_k = (L(P) − L(P with k at u_k)) / (D_k(r_k) − D_k(u_k))
 
 is what a predicted nat of it is worth there. Then Σ a_k D_k(r_k) is minimised under the same budget, no size further
-from the plan's than `REACHES` of its dense parameters; of these reaches the one of least measured loss is the next plan.
+from the plan's than `REACHES` of its dense parameters; of these the one of least measured loss is the next plan.
 L is the KL to the dense model of the whole compressed model on the trial windows. Our own decision.
 
 Costs a turn: one measurement of each matrix in the compressed model, and a pass of the whole model for each reach.

@@ -9,17 +9,20 @@ The plan then solves, over every rank smaller than dense, and dense itself at no
     minimise Σ_k s_k D_k(r_k)   subject to   Σ_k parameters_k(r_k) ≤ budget
 
 exactly (`spend.knapsack`), and spends what is left step by step. Where the planned rank is far from r⁰_k it rests on
-the shape of the curve alone. So in each of `rounds` further rounds every matrix is measured at its planned rank too,
-and the plan is made again: log s_k is linear in log D_k between measured ranks, constant beyond them, and no lower rank
-loses less. Of all plans so made the one of least measured KL of the whole model is taken. r⁰_k is by `point`:
+the shape of the curve alone. So in each of `rounds` further rounds every matrix whose planned rank is predicted to lose
+`APART` times more or less than any measured one is measured there too, and the plan is made again: log s_k is linear in
+log D_k between measured ranks, constant beyond them, and no lower rank loses less. Of all these plans the one of least
+measured KL of the whole model is taken. `exchange`: so many turns of `methods/exchange.py` from there. r⁰_k is by
+`point`:
 
 - target: the rank of k at the ratio of the whole, where the curve is used. Our own decision;
 - tenth: a tenth of the break-even rank ⌊(mn − 1) / (m + n)⌋ of plain factors, as LEMS measures.
 
-KL is the mean over tokens of the next-token distributions' on the last `trial` calibration windows, sums in float64. A
-KL that is not finite is an infinite cost of all lower ranks, and of all where no other is known; a note says so. Ranks
-are measured no higher than where a millionth of the energy is lost, as nothing is to be seen beyond (a matrix of lower
-rank). `scale: none` takes all s_k = 1 and runs no model: that is for spectra in nats a token (`two_sided_svd`).
+KL is the mean over tokens of the next-token distributions' on the first `length` tokens of the last `trial` calibration
+windows, sums in float64; eight times as many tokens gave no better plan (docs/methods/spectrim.md). A KL that is not
+finite is an infinite cost of all lower ranks, and of all where no other is known; a note says so. Ranks are measured no
+higher than where a millionth of the energy is lost, as nothing is to be seen beyond (a matrix of lower rank).
+`scale: none` takes all s_k = 1 and runs no model: that is for spectra in nats a token (`two_sided_svd`).
 
 Costs, for N blocks and n matrices, a round: about n (N + 1) / 2 block passes over the trial windows and n of the head,
 at one rank of each matrix, for a run starts at the block of its matrix; then one pass of the whole model. Memory: two
@@ -38,7 +41,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from spectrim.core.budget import rank_cost, rank_plan, rank_within
@@ -64,8 +67,8 @@ class MeasuredCurve(Allocator):
     """The ranks of least total predicted loss, the prediction for each matrix scaled by one measurement.
 
     trial and length: how many of the last calibration windows are run, and how far (None: whole); point: at which rank;
-    rounds: how often matrices are measured again, at the ranks then planned; multiple: of which ranks are, in matrices
-    with both sides 512 or more; least: rank that every matrix keeps; gap: see `knapsack`.
+    rounds: how often matrices are measured again, at the ranks then planned; exchange: turns of it; multiple: of which
+    ranks are, in matrices with both sides 512 or more; least: rank that every matrix keeps; gap: see `knapsack`.
     """
 
     trial: int = 16
@@ -73,7 +76,7 @@ class MeasuredCurve(Allocator):
     scale: Literal["measured", "none"] = "measured"
     point: Literal["target", "tenth"] = "target"
     rounds: int = 2
-    exchange: int = 5
+    exchange: int = 0
     multiple: int = 8
     least: int = 1
     gap: float = 1e-4
