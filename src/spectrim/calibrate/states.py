@@ -183,7 +183,7 @@ class Streams:
         path = self._path(stream, batch)
         with open(path, "rb") as file:
             file.seek((sequence or 0) * found.nbytes)
-            read = file.readinto(found.view(torch.uint8).numpy())
+            read = file.readinto(found.view(torch.uint8).numpy().data)
         if read != found.nbytes:
             raise StoreError(f"{path} was cut short while it was in use; run again: finished work is kept")
         return found

@@ -45,7 +45,7 @@ from torch import Tensor
 
 from spectrim.core.budget import rank_cost, rank_plan, rank_within
 from spectrim.core.meter import measures
-from spectrim.core.plan import Plan, Target
+from spectrim.core.plan import Choice, Plan, Target
 from spectrim.core.registry import Allocator, Decomposer, Problem, Sees, allocator, recalled
 from spectrim.core.spend import Ladder, cut, hull, knapsack, single
 from spectrim.methods.exchange import Exchange
