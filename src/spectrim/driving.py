@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from spectrim.calibrate.collect import BlockStatistics, Wanted
 from spectrim.calibrate.paired import Paired
 from spectrim.calibrate.resident import resident
-from spectrim.calibrate.states import InFiles, InMemory
+from spectrim.calibrate.states import InFiles, InMemory, clear
 from spectrim.calibrate.streamed import streamed
 from spectrim.core import distributed
 from spectrim.core.progress import Progress
@@ -126,10 +127,17 @@ def _files(run: Driven, upstream: Callable[[int], str | None] | None) -> InFiles
     return InFiles(run.store, key, (run.room or 0) // streams)
 
 
+def streams_of(store: Store) -> Path:
+    """Where states of changed models lie while they are measured."""
+    return store.directory / "streams"
+
+
 def forget_states(run: Driven, upstream: Callable[[int], str | None] | None = None) -> None:
-    """Remove hidden states that a run left that was killed at its last block."""
+    """Remove hidden states that a run left that was killed at its last block, or while it measured changes."""
     if run.windows is not None:
         batches = len(run.windows.split(run.asked.calibrate.batch))
         distributed.barrier()
         for block in range(run.structure.count) if distributed.first() else ():
             _files(run, upstream).remove(block, batches)
+        if distributed.first():
+            clear(streams_of(run.store))

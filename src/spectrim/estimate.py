@@ -20,6 +20,7 @@ from spectrim.model.checkpoint import Checkpoint, described
 from spectrim.model.files import has_weights, resolve
 from spectrim.pipeline import DEFAULT_LENGTH, compute_dtype
 from spectrim.recipe import Recipe
+from spectrim.settling import of_a_process, settled
 from spectrim.timing import predicted
 from spectrim.towards import TRIED
 
@@ -90,7 +91,12 @@ def estimate(
     source = _source(directory, device, trust_remote_code, time)
     structure = blocks.share_inputs(source.model, targets.find(source.model))
     structure = replace(structure, notes=(*structure.notes, *source.notes))
-    jobs = plan_jobs(recipe, structure)
+    setting = needs.Setting(
+        source.model, structure, recipe, plan_jobs(recipe, structure), recipe.calibrate.sequences,
+        _length(source.model, recipe), source.itemsize,
+    )  # fmt: skip
+    setting = settled(setting, limit or of_a_process())
+    structure, jobs = setting.structure, setting.jobs
     early = [allocate_early(job, recipe) for job in jobs]
     plan = plans.merge([p for p in early if p is not None]) if all(p is not None for p in early) else None
     dense = sum(t.parameters for job in jobs for t in job.targets)
@@ -101,15 +107,11 @@ def estimate(
         "total_before": source.total,
         "total_after": source.total - dense + kept,
     }
-    setting = needs.Setting(
-        source.model, structure, recipe, jobs, recipe.calibrate.sequences, _length(source.model, recipe),
-        source.itemsize,
-    )  # fmt: skip
     in_memory = None
     if limit is not None:
-        in_memory = min(needs.room(setting, limit) + 2 * setting.batch_state, setting.hidden_states)
+        in_memory = needs.room(setting, limit) + 2 * setting.batch_state
     stages = needs.stages(setting, in_memory)
-    disk = _disk(setting, plan, totals["total_after"], limit is not None)
+    disk = _disk(setting, plan, totals["total_after"], in_memory)
     seconds = {} if source.checkpoint is None or not time else predicted(source.checkpoint, setting, plan, device)
     fullest = max(stages.values(), key=lambda causes: sum(causes.values()))
     imports = {"imports": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
@@ -147,13 +149,19 @@ def _source(directory: Path, device: str, trust_remote_code: bool, time: bool) -
     return _Source(model, parameters(model)["total"], stored.itemsize, notes=(note,))
 
 
-def _disk(setting: needs.Setting, plan: Plan | None, after: int, limited: bool) -> dict[str, int]:
-    """Bytes of the output, and of the work directory: what stays there, and hidden states while calibration runs."""
+def _disk(setting: needs.Setting, plan: Plan | None, after: int, in_memory: int | None) -> dict[str, int]:
+    """Bytes of the output, and of the work directory: what stays there, and hidden states while blocks are run.
+
+    in_memory: bytes of these in memory, None without a limit.
+    """
     disk = {"output": after * setting.stored, "work": work_bytes(setting, plan is None)}
     if setting.measured or any(job.allocator.sees == "model" for job in setting.jobs):
         disk["windows"] = 8 * setting.sequences * setting.length
-    if limited and setting.measured and not setting.resident:
-        disk["hidden_states"] = states_bytes(setting)
+    if in_memory is not None:
+        if setting.measured and not setting.resident:
+            disk["hidden_states"] = states_bytes(setting)
+        tried = max((trial.states for trial in needs.trials(setting)), default=0)
+        disk |= {"changed_models": tried - in_memory} if tried > in_memory else {}
     return disk
 
 
@@ -187,7 +195,8 @@ def _by_stage(setting: needs.Setting, stages: Mapping[str, Any], disk: Mapping[s
     if "hidden_states" in disk:
         before_last = work * (setting.structure.count - 1) // setting.structure.count + disk["hidden_states"]
         inside = max(work + setting.hidden_states, before_last)
-    found = {"calibrate": inside, "decompose": inside, "allocate": work, "write": work + disk["output"]}
+    tried = work + disk.get("changed_models", 0)
+    found = {"calibrate": inside, "decompose": inside, "allocate": tried, "write": work + disk["output"]}
     return {name: found[name] + windows for name in stages}
 
 

@@ -17,7 +17,7 @@ from spectrim.model.apply import SIDE_FILES
 from spectrim.model.checkpoint import Checkpoint
 from spectrim.model.files import file_hash
 from spectrim.recipe import Recipe
-from spectrim.run import Run
+from spectrim.run import Run, named
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +60,8 @@ def request_of(run: Run) -> str:
             "weights": run.fingerprint, "beside": beside(run.source.directory, (SUMMARY, FACTS)),
             "text": [text_hash(windows) for windows in (run.windows, run.select, run.accept)],
             "recipe": run.asked.model_dump(exclude_none=True), "device": run.device.type,
+            # with what the recipe leaves open decided
+            "decomposers": {name: named(each) for name, each in run.decomposers.items()},
             "computed": str(run.source.model.dtype), "stored": str(run.dtype),
             "versions": {name: version(name) for name in ("spectrim", "torch", "transformers", "safetensors")},
         }

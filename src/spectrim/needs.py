@@ -182,13 +182,14 @@ class Setting:
 def moments(setting: Setting, hidden: int | None = None) -> dict[str, Causes]:
     """Bytes by cause at the moments that can be the fullest, each named by its stage and what is done then.
 
-    hidden: bytes of hidden states in memory (default all). What is imported is not counted.
+    hidden: bytes of hidden states in memory, of as many as there are (default all, without a limit on memory). What is
+    imported is not counted.
     """
     found: dict[str, Causes] = {}
     if setting.measured and setting.resident:
         found["calibrate: backwards"] = _backwards(setting)
     elif setting.measured:
-        found |= _streamed(setting, setting.hidden_states if hidden is None else hidden)
+        found |= _streamed(setting, setting.hidden_states if hidden is None else min(hidden, setting.hidden_states))
     held = {k: v for k, v in found.get("calibrate: forwards", {}).items() if k != "activations"}
     if setting.measured and setting.resident:
         held = {k: v for k, v in found["calibrate: backwards"].items() if k != "activations"}
@@ -196,10 +197,14 @@ def moments(setting: Setting, hidden: int | None = None) -> dict[str, Causes]:
     whole = sum(p.numel() for p in setting.model.parameters()) * setting.size
     spectra = sum(16 * min(part.out_features, part.in_features) for part in setting.parts())
     found["allocate"] = {"spectra": spectra}
+    tried = [] if hidden is None else trials(setting)
+    loaded = sum(job.allocator.sees == "model" for job in setting.jobs) - len(tried)
     if any(job.allocator.learns for job in setting.jobs):
         found["allocate"] |= {"model": whole, **_training(setting)}
-    elif any(job.allocator.sees == "model" for job in setting.jobs):  # the model, and what is put into it
-        found["allocate"] |= {"model": 2 * whole, "activations": _activations(setting)}
+    elif loaded:  # the model, and what is put into it
+        found["allocate"] |= {"model": 2 * whole, "activations": _activations(setting, setting.tokens)}
+    for trial in tried:
+        found |= _tried(setting, trial, {"spectra": spectra, "hidden_states": min(hidden or 0, trial.states)})
     found["write"] = {"spectra": spectra, "tensors": max(_written(setting))}
     return {name: {**causes, "heap": HEAP} for name, causes in found.items()}
 
@@ -248,9 +253,66 @@ def _streamed(setting: Setting, hidden: int) -> dict[str, Causes]:
         "calibrate: forwards": {
             **states, "block_weights": weights * setting.size + compressed,
             "statistics": max(_of_a_block(setting), _of_a_step(setting) if setting.recipe.calibrate.paired else 0),
-            "activations": _activations(setting),
+            "activations": _activations(setting, setting.tokens),
         },
     }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A job whose changes are measured a block at a time; tokens: of a batch; states: bytes of those of all streams."""
+
+    job: Job
+    length: int
+    tokens: int
+    states: int
+
+
+def trials(setting: Setting) -> list[Trial]:
+    """Of the jobs that are measured so where there is a limit on memory."""
+    asked, found = setting.recipe.calibrate, []
+    sizes = asked.shared_out(setting.sequences)
+    for job in setting.jobs:
+        tried = job.allocator.streamed(sizes[1] or sizes[0], setting.length)
+        if tried is not None and job.allocator.sees == "model":
+            windows, length = tried
+            # the dense model's, the base state's, and of every matrix changed
+            states = (len(job.targets) + 2) * windows * length * setting.embedding.shape[1] * setting.size
+            found.append(Trial(job, length, min(asked.batch, windows) * length, states))
+    return found
+
+
+def _tried(setting: Setting, trial: Trial, held: Causes) -> dict[str, Causes]:
+    """A block at a time, with what is changed in it; at the end, of one sequence, four arrays of logits in float32."""
+    weights = sum(p.numel() for p in setting.model.get_submodule(setting.structure.block(0)).parameters())
+    read = setting.size + (setting.stored if setting.stored != setting.size else 0)
+    head = setting.model.get_output_embeddings()
+    ends = {id(p): p.numel() for p in (setting.embedding, *(() if head is None else head.parameters()))}
+    return {
+        "allocate: entering": {**held, "embedding": setting.embedding.numel() * read},
+        "allocate: reading": {**held, "block_weights": weights * read},
+        "allocate: forwards": {
+            **held, "block_weights": weights * setting.size, "compressed": _put_in(setting, trial.job),
+            "activations": _activations(setting, trial.tokens),
+        },
+        "allocate: predicting": {
+            **held, "embedding": sum(ends.values()) * read,
+            "activations": 16 * trial.length * setting.embedding.shape[0],
+        },
+    }  # fmt: skip
+
+
+def _put_in(setting: Setting, job: Job) -> int:
+    """The changed matrices of a block, each at its share of the budget, and what one of them is cut from."""
+    share, of_block, cut = job.budget / sum(target.parameters for target in job.targets), dict[int, int](), 0
+    for target in job.targets:
+        for part in target.parts:
+            sides, inside = part.out_features + part.in_features, target.blocks[-1]
+            rank = budget.rank_within(job.format, part, int(share * part.parameters))
+            of_block[inside] = of_block.get(inside, 0) + rank * sides
+            factors = budget.largest_rank(job.format, part) * sides
+            cut = max(cut, part.parameters * (setting.stored + 4) + 8 * factors)
+    return setting.size * max(of_block.values()) + cut
 
 
 def _of_a_block(setting: Setting) -> int:
@@ -277,10 +339,10 @@ def _of_a_step(setting: Setting) -> int:
     )
 
 
-def _activations(setting: Setting) -> int:
-    """Of a batch at the widest input: a copy in float64, for sums, beside two of such width and four of the stream."""
+def _activations(setting: Setting, tokens: int) -> int:
+    """Of tokens at the widest input: a copy in float64, for sums, beside two of such width and four of the stream."""
     widest = max(part.in_features for t in setting.structure.of_block(0) for part in t.parts)
-    return setting.tokens * (8 * widest + 2 * setting.size * widest + 4 * setting.size * setting.embedding.shape[1])
+    return tokens * (8 * widest + 2 * setting.size * widest + 4 * setting.size * setting.embedding.shape[1])
 
 
 def _backwards(setting: Setting) -> Causes:

@@ -34,6 +34,7 @@ from spectrim.model.files import read_tokenizer, resolve
 from spectrim.planning import planned
 from spectrim.recipe import Recipe
 from spectrim.run import Run, Timings
+from spectrim.settling import of_a_process, settled
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ def compress(
     shortcuts = {"ratio": ratio, "sequences": sequences, "length": length, "seed": seed, "format": format}
     device = torch.device(device)
     distributed.join(device)
-    timings = Timings()
+    timings, available = Timings(), of_a_process()
     with distributed.alike():
         device = distributed.own(device)
         asked = recipes.build(recipe, shortcuts, settings)
@@ -98,9 +99,9 @@ def compress(
             tokenizer = _tokenizer(source, text, tokenizer, trust_remote_code)
         with timings.stage("targets"):
             structure = blocks.share_inputs(source.model, targets.find(source.model))
-            jobs = plan_jobs(asked, structure)
+            setting = settled(_setting(source, structure, asked, plan_jobs(asked, structure), text), limit or available)
+            structure, jobs = setting.structure, setting.jobs
             early = [allocate_early(job, asked) for job in jobs]
-            setting = _setting(source, structure, asked, jobs, text)
             room = None if limit is None else needs.room(setting, limit)
     with _store(work, out) as store:
         with distributed.alike():
@@ -132,6 +133,7 @@ def _check_same(run: Run, out: str | Path | None) -> None:
             "the recipe": hash_of(run.asked.model_dump()), "the model's weights": run.fingerprint,
             "the calibration text": run.data or "", "the device": run.device.type, "the output": str(out),
             "the dtype": str(run.dtype), "the work directory": str(run.store.directory),
+            "the methods, by the limit on memory": hash_of(run.decomposers),
         }
     )  # fmt: skip
 
@@ -224,8 +226,9 @@ def _lean(run: Run, setting: needs.Setting, early: Sequence[Plan | None], out: s
 def _beside(run: Run, setting: needs.Setting, out: str | Path | None) -> int:
     """Bytes that the disk of the work directory has to take beside first candidates."""
     found = 0
-    if run.room is not None and setting.measured and not setting.resident:
-        found += 2 * setting.hidden_states
+    if run.room is not None:
+        streams = [trial.states - run.room for trial in needs.trials(setting)]
+        found += max(0, 2 * setting.hidden_states if setting.measured and not setting.resident else 0, *streams)
     if out is not None and lean.same_disk(Path(out), run.store.directory):
         dense = sum(target.parameters for target in run.targets)
         total = sum(p.numel() for p in setting.model.parameters())

@@ -9,11 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
+from spectrim.calibrate.breadth import BreadthFirst
 from spectrim.core import distributed
 from spectrim.core import plan as plans
 from spectrim.core.plan import Candidate, Plan, Target
 from spectrim.core.store import hash_of
-from spectrim.driving import text_hash
+from spectrim.driving import Windows, streams_of, text_hash
 from spectrim.jobs import Job, allocate
 from spectrim.model.checkpoint import Checkpoint
 from spectrim.model.live import Installed
@@ -82,7 +83,13 @@ def _allocate(run: Run, job: Job, candidates: Mapping[str, Candidate], live: _La
     seen: dict[str, Any] = {"candidates": own, "statistics": measured, "itemsize": _itemsize(run, job.targets)}
     if job.allocator.sees == "model":
         upstream = _upstream(run, job)
-        seen |= {"live": live.get(), "remember": _remember(run, upstream), "slot": _slots(run, upstream)}
+        seen |= {"remember": _remember(run, upstream), "slot": _slots(run, upstream)}
+        windows = _trial_windows(run)
+        if run.room is not None and job.allocator.streamed(*windows.shape) is not None:
+            skeleton = Installed(run.source.model, run.structure, candidates, windows, run.asked.calibrate.batch)
+            seen["measures"] = BreadthFirst(run.source, skeleton, run.device, streams_of(run.store), run.room)
+        else:
+            seen["live"] = live.get()
     return allocate(job, run.asked, progress=run.progress, **seen)
 
 
@@ -97,9 +104,15 @@ def _itemsize(run: Run, of: Sequence[Target]) -> int:
     return max(run.source.model.get_parameter(name).dtype.itemsize for name in names)
 
 
-def _live(run: Run, candidates: Mapping[str, Candidate]) -> Installed:
+def _trial_windows(run: Run) -> Windows:
+    """What allocators run the model on."""
     windows = run.windows if run.select is None else run.select
     assert windows is not None
+    return windows
+
+
+def _live(run: Run, candidates: Mapping[str, Candidate]) -> Installed:
+    windows = _trial_windows(run)
     model = run.source.whole(run.device)
     model.eval()
     return Installed(model, run.structure, candidates, windows, run.asked.calibrate.batch)

@@ -6,15 +6,19 @@ at least one whole set, and loses a block. Files are mapped, one batch at a time
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from spectrim.core import distributed
-from spectrim.core.store import Store
+from spectrim.core.store import Store, StoreError
 
 State = Float[Tensor, "batch length hidden"]
 
@@ -118,6 +122,77 @@ class InFiles:
         """Remove the states entering a block, as far as they are there."""
         for batch in range(batches if self.key(block) is not None else 0):
             self.store.remove("states", self._key(block, batch))
+
+
+class Streams:
+    """States of many streams, by stream and batch: in memory as far as `room` bytes go, else in files of a folder.
+
+    A context: its files are gone when it is left. None of them is gone on from by another run; `clear` removes those of
+    one that was killed.
+    """
+
+    def __init__(self, folder: Path, room: int) -> None:
+        self.folder, self.room = folder, room
+        self.held: dict[tuple[int, int], Tensor] = {}
+        self.written: dict[tuple[int, int], tuple[torch.Size, torch.dtype]] = {}
+        self._taken = 0
+
+    def __enter__(self) -> Streams:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.held.clear()
+        for stream, batch in self.written:
+            self._path(stream, batch).unlink(missing_ok=True)
+        with suppress(OSError):  # another process still has files there: the last one to leave removes it
+            self.folder.rmdir()
+
+    def _path(self, stream: int, batch: int) -> Path:
+        return self.folder / f"{stream}-{batch}"
+
+    def put(self, stream: int, batch: int, state: State) -> None:
+        """Take a state, in the place of the one that the stream had. Raises StoreError when the disk is full."""
+        key = stream, batch
+        known = self.held.get(key)
+        if known is None and (key in self.written or self._taken + state.nbytes > self.room):
+            self._write(key, state.cpu().contiguous())
+            return
+        self._taken += 0 if known is not None else state.nbytes
+        self.held[key] = _placed(state, known)
+
+    def _write(self, key: tuple[int, int], state: Tensor) -> None:
+        path = self._path(*key)
+        self.written[key] = state.shape, state.dtype
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            state.view(torch.uint8).numpy().tofile(path)
+        except OSError as error:
+            raise StoreError(
+                f"cannot write {path}: {error}; free some space, give a larger --memory or another directory with "
+                "--work, then run again: finished work is kept"
+            ) from error
+
+    def get(self, stream: int, batch: int, sequence: int | None = None) -> State:
+        """Give a state back, the same bits; sequence: that one alone. Raises StoreError for a file cut short."""
+        kept = self.held.get((stream, batch))
+        if kept is not None:
+            return kept if sequence is None else kept[sequence : sequence + 1].clone()
+        shape, dtype = self.written[stream, batch]
+        # in memory made by torch: products may round by where their input lies
+        found = torch.empty(shape if sequence is None else (1, *shape[1:]), dtype=dtype)
+        path = self._path(stream, batch)
+        with open(path, "rb") as file:
+            file.seek((sequence or 0) * found.nbytes)
+            read = file.readinto(found.view(torch.uint8).numpy().data)
+        if read != found.nbytes:
+            raise StoreError(f"{path} was cut short while it was in use; run again: finished work is kept")
+        return found
+
+
+def clear(folder: Path) -> None:
+    """Remove the files that a killed run left of its `Streams`."""
+    if folder.is_dir():
+        shutil.rmtree(folder)
 
 
 def _placed(state: State, before: Tensor | None) -> Tensor:

@@ -1,8 +1,9 @@
-"""Freed memory goes back to the system, so that a run over many blocks stays as small as over one."""
+"""Memory: freed pieces go back to the system, so that a run over many blocks stays as small as over one."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,11 @@ def small(least: int = _SMALL) -> Iterator[None]:
     finally:
         if mallopt is not None:
             mallopt(_MMAP_THRESHOLD, _ADAPTED)
+
+
+def of_machine() -> int:
+    """Bytes of memory that this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def give_back() -> None:

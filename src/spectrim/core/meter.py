@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from spectrim.core import distributed
 from spectrim.core.plan import Choice, Target
-from spectrim.core.registry import Live
+from spectrim.core.registry import Live, Measures, Problem
 
 # kl: mean over tokens of KL(dense ‖ changed) of the next-token distributions, nats; hidden: Σ ‖h − h′‖² / Σ ‖h‖² over
 # the states that leave the last block; perplexity: of the windows themselves.
@@ -47,10 +47,9 @@ class Meter:
     @cached_property
     def batches(self) -> list[Int[Tensor, "batch length"]]:
         """The windows that this process runs: its share of all batches."""
-        if not self.last or self.sequences is None:
+        if not self.last:
             return list(distributed.share(self.live.batches(self.sequences, self.length)))
-        every = self.live.batches(None, self.length)
-        return list(distributed.share(torch.cat(every)[-self.sequences :].split(len(every[0]))))
+        return list(distributed.share(last_batches(self.live, self.sequences, self.length)))
 
     @cached_property
     def built(self) -> dict[str, Mapping[str, Any]]:
@@ -111,6 +110,55 @@ class Meter:
                 self._states[index] = self.live.run(ids, self._states[index], self._at, block)
         self._at = block
         return self._states
+
+
+def last_batches(live: Live, sequences: int | None, length: int | None) -> list[Int[Tensor, "batch length"]]:
+    """The last windows, cut to a length (None: all, whole), in batches."""
+    every = live.batches(None, length)
+    return every if sequences is None else list(torch.cat(every)[-sequences:].split(len(every[0])))
+
+
+class DepthFirst:
+    """`registry.Measures` on the model in memory: one change after another, each run on to the end."""
+
+    def __init__(self, live: Live, targets: Sequence[Target]) -> None:
+        self.live, self.targets = live, targets
+        self._of_dense: dict[tuple[int | None, int | None], Meter] = {}
+
+    def deviations(
+        self,
+        base: Mapping[str, Choice | None],
+        changed: Mapping[str, Choice | None],
+        trial: int | None,
+        length: int | None,
+        progress: Callable[[int, int], None],
+    ) -> Iterator[tuple[str, float]]:
+        """As in `Measures`, in the order of blocks."""
+        meter = self._meter(base, trial, length)
+        ordered = sorted((t for t in self.targets if t.name in changed), key=lambda t: (min(t.blocks), t.name))
+        for done, target in enumerate(ordered, 1):
+            yield target.name, meter.of_target(target, [changed[target.name]])[0]
+            progress(done, len(ordered))
+
+    def deviation(self, base: Mapping[str, Choice | None], trial: int | None, length: int | None) -> float:
+        """As in `Measures`."""
+        return self._meter(base, trial, length).of_base()
+
+    def _meter(self, base: Mapping[str, Choice | None], trial: int | None, length: int | None) -> Meter:
+        """One for the base state; that of the dense model is kept, with the states that it has."""
+        known = None if base else self._of_dense.get((trial, length))
+        meter = known or Meter(self.live, "kl", base, trial, length, last=True)
+        if not base:
+            self._of_dense[trial, length] = meter
+        return meter
+
+
+def measures(problem: Problem) -> Measures:
+    """What an allocator measures changes by: what it is given for that, else the model in memory."""
+    if problem.measures is not None:
+        return problem.measures
+    assert problem.live is not None
+    return DepthFirst(problem.live, problem.targets)
 
 
 def compare(

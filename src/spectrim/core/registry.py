@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from importlib.metadata import entry_points
@@ -64,6 +64,10 @@ class Decomposer(Protocol):
     def adds_bias(self) -> bool:
         """Whether what it makes of a module has a bias, also where the dense one lacks it."""
         return False
+
+    def settled(self, backwards: bool) -> Decomposer:
+        """The same with what it leaves open (`auto`) decided; backwards: whether the model can be run backwards."""
+        return self
 
     def decompose(self, target: Target, weights: Mapping[str, Tensor], stats: Mapping[str, Statistics]) -> Candidate:
         """The candidate of one target; `weights` and `stats` are keyed by the parts' modules."""
@@ -134,6 +138,33 @@ class Trainable(Live, Protocol):
         ...
 
 
+@runtime_checkable
+class Measures(Protocol):
+    """What changes lose on trial windows: KL(dense ‖ changed) of the next-token distributions, nats, mean over tokens.
+
+    base: choices by target of the state that changes are made to, every other target dense. trial and length: of the
+    calibration windows how many of the last ones are run, and how far (None: all, whole).
+    """
+
+    def deviations(
+        self,
+        base: Mapping[str, Choice | None],
+        changed: Mapping[str, Choice | None],
+        trial: int | None,
+        length: int | None,
+        progress: Callable[[int, int], None],
+    ) -> Iterator[tuple[str, float]]:
+        """By target the loss of the base state with that one changed (None: dense), each as soon as it is known.
+
+        progress: told how much of all is done, for the first time after what comes first was taken.
+        """
+        ...
+
+    def deviation(self, base: Mapping[str, Choice | None], trial: int | None, length: int | None) -> float:
+        """The loss of the base state."""
+        ...
+
+
 # remember(name, fields, make): tensors kept in the work directory under these fields and all that the problem comes
 # from but its budget; made now if they are not there.
 Remember = Callable[[str, Mapping[str, Any], Callable[[], Mapping[str, Tensor]]], Mapping[str, Tensor]]
@@ -142,6 +173,22 @@ Remember = Callable[[str, Mapping[str, Any], Callable[[], Mapping[str, Tensor]]]
 def forgetful(name: str, fields: Mapping[str, Any], make: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
     """A `remember` without a work directory."""
     return make()
+
+
+class _NotThere(Exception):
+    """Raised in the place of making what is only asked for."""
+
+
+def recalled(remember: Remember, name: str, fields: Mapping[str, Any]) -> Mapping[str, Tensor] | None:
+    """What is remembered under these fields, None where nothing is."""
+
+    def make() -> Mapping[str, Tensor]:
+        raise _NotThere
+
+    try:
+        return remember(name, fields, make)
+    except _NotThere:
+        return None
 
 
 @runtime_checkable
@@ -191,7 +238,8 @@ class Problem:
     budget: parameters that may be kept over `targets`; format: the module format of rank units; fixed: by target,
     parameters of a bias that its method adds once it is not dense; itemsize: bytes of a number as it will be stored,
     known where candidates are. candidates (by target) and statistics (by index of
-    the block) only for an allocator whose `sees` is "units" or "model", live only for "model".
+    the block) only for an allocator whose `sees` is "units" or "model", live only for "model"; in its place one
+    that says what is `streamed` has `measures` where there is a limit on memory.
     """
 
     targets: Sequence[Target]
@@ -201,6 +249,7 @@ class Problem:
     candidates: Mapping[str, Candidate] | None = None
     statistics: Mapping[int, Statistics] | None = None
     live: Live | None = None
+    measures: Measures | None = None
     remember: Remember = forgetful
     slot: Slots = field(default=lambda name, fields: Memory())
     progress: Progress = silent
@@ -217,7 +266,8 @@ class Problem:
 class Allocator(Protocol):
     """Spends a budget over targets. A frozen dataclass: its fields are its settings.
 
-    A class that names this one as its base has the defaults of `learns`, `trained_bytes`, `refuses` and `check`.
+    A class that names this one as its base has the defaults of `learns`, `streamed`, `trained_bytes`, `refuses` and
+    `check`.
     """
 
     @property
@@ -239,6 +289,13 @@ class Allocator(Protocol):
     def learns(self) -> bool:
         """Whether it trains on the model: its candidates keep every direction, and none is made anew afterwards."""
         return False
+
+    def streamed(self, sequences: int, length: int) -> tuple[int, int] | None:
+        """Where `Problem.measures` is all that it wants of the model: windows that it runs of all, and tokens of each.
+
+        None: it wants the model in memory.
+        """
+        return None
 
     def trained_bytes(self, target: Target, directions: int, entries: int) -> int:
         """About what a training keeps on disk of so many units of a target: a state under way, a result, the plan's.

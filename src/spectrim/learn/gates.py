@@ -13,7 +13,6 @@ of one that is 2.75 times as long as wide.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -344,7 +343,7 @@ def check_memory(targets: Sequence[Target], available: int | None = None, itemsi
     sizes = [(p.out_features, p.in_features) for target in targets for p in target.parts]
     needed = itemsize * sum(sum(size) * min(size) for size in sizes)
     if available is None:
-        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        available = heap.of_machine()
     if needed > available:
         raise ValueError(
             f"training needs the whole model in memory, its factors alone {needed / 1e9:.1f} GB, and this machine has "

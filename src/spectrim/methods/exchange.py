@@ -6,7 +6,7 @@ every matrix k is measured in the compressed model at a size a little larger, u_
     a_k = (L(P) − L(P with k at u_k)) / (D_k(r_k) − D_k(u_k))
 
 is what a predicted nat of it is worth there. Then Σ a_k D_k(r_k) is minimised under the same budget, no size further
-from the plan's than `REACHES` of its dense parameters; of these the one of least measured loss is the next plan.
+from the plan's than `REACHES` of its dense parameters; the reach of least measured loss gives the next plan.
 L is the KL to the dense model of the whole compressed model on the trial windows. Our own decision.
 
 Costs a turn: one measurement of each matrix in the compressed model, and a pass of the whole model for each reach.
@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from spectrim.core.budget import rank_cost, rank_plan
-from spectrim.core.meter import Meter
+from spectrim.core.meter import measures
 from spectrim.core.plan import Choice, Plan, Target
 from spectrim.core.registry import Problem
 from spectrim.core.spend import Ladder, knapsack, single
@@ -65,13 +66,7 @@ class Exchange:
         problem = self.problem
 
         def make() -> dict[str, Tensor]:
-            assert problem.live is not None
-            meter = Meter(problem.live, "kl", dict(plan.choices), self.trial, self.length, last=True)
-            found = {}
-            ordered = sorted(self.targets, key=lambda t: (min(t.blocks), t.name))
-            for done, target in enumerate(ordered, 1):
-                found[target.name] = self._worth(meter, target, self.place(target.name, plan), lost)
-                problem.progress("exchange", done, len(ordered))
+            found = self._worth(plan, lost)
             return {"values": torch.tensor([found[t.name] for t in self.targets], dtype=torch.float64)}
 
         ranks = {name: choice.counts["rank"] for name, choice in sorted(plan.choices.items())}
@@ -79,15 +74,23 @@ class Exchange:
         values = problem.remember("measured", fields, make)["values"].tolist()
         return {target.name: value for target, value in zip(self.targets, values, strict=True)}
 
-    def _worth(self, meter: Meter, target: Target, place: int, lost: float) -> float:
-        ladder = self.ladders[target.name]
-        predicted = ladder.losses(self.curves[target.name])
-        other = self.nudged(target, place)
-        change = float(predicted[place] - predicted[other])
-        if change == 0:  # nothing is predicted to come of it
-            return LEAST
-        gained = (lost - meter.of_target(target, [self._choice(target, other)])[0]) / change
-        return max(gained, LEAST) if math.isfinite(gained) else math.inf
+    def _worth(self, plan: Plan, lost: float) -> dict[str, float]:
+        """a_k of every matrix, measured; the least where nothing is predicted to come of its nudge."""
+        changes: dict[str, float] = {}
+        changed: dict[str, Choice | None] = {}
+        for target in self.targets:
+            ladder, place = self.ladders[target.name], self.place(target.name, plan)
+            predicted, other = ladder.losses(self.curves[target.name]), self.nudged(target, place)
+            change = float(predicted[place] - predicted[other])
+            if change != 0:
+                changes[target.name], changed[target.name] = change, self._choice(target, other)
+        found = {target.name: LEAST for target in self.targets}
+        progress = partial(self.problem.progress, "exchange")
+        by = measures(self.problem)
+        for name, other_loss in by.deviations(plan.choices, changed, self.trial, self.length, progress):
+            gained = (lost - other_loss) / changes[name]
+            found[name] = max(gained, LEAST) if math.isfinite(gained) else math.inf
+        return found
 
     def nudged(self, target: Target, place: int) -> int:
         """The first size that is larger by the nudge; the largest one that is smaller by it where none is."""

@@ -26,8 +26,9 @@ higher than where a millionth of the energy is lost, as nothing is to be seen be
 
 Costs, for N blocks and n matrices, a round: about n (N + 1) / 2 block passes over the trial windows and n of the head,
 at one rank of each matrix, for a run starts at the block of its matrix; then one pass of the whole model. Memory: two
-states a window beside the model, and the compressed modules. Every measurement is remembered by matrix and rank, so
-another ratio measures only ranks that are new.
+states a window beside the model, and the compressed modules; with a limit on memory one block and, in files, n + 2
+states a window. Every measurement is remembered by matrix and rank, so another ratio measures only ranks that are new;
+with a limit those of a round are measured together, and remembered at its end.
 Left out of LEMS: its weights by depth and their search, the floor of 0.3 of break-even, labels' losses.
 """
 
@@ -37,6 +38,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -45,9 +47,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spectrim.core.budget import rank_cost, rank_plan, rank_within
-from spectrim.core.meter import Meter
-from spectrim.core.plan import Plan, Target
-from spectrim.core.registry import Allocator, Decomposer, Problem, Sees, allocator
+from spectrim.core.meter import measures
+from spectrim.core.plan import Choice, Plan, Target
+from spectrim.core.registry import Allocator, Decomposer, Problem, Sees, allocator, recalled
 from spectrim.core.spend import Ladder, cut, hull, knapsack, single
 from spectrim.methods.exchange import Exchange
 
@@ -96,6 +98,10 @@ class MeasuredCurve(Allocator):
     def sees(self) -> Sees:
         """The model where it is measured, else spectra."""
         return "model" if self.scale == "measured" else "units"
+
+    def streamed(self, sequences: int, length: int) -> tuple[int, int] | None:
+        """The trial windows: it measures changes, and wants nothing else of the model."""
+        return min(self.trial, sequences), min(self.length or length, length)
 
     @property
     def grain(self) -> int:
@@ -154,8 +160,7 @@ class _Rounds:
         self.points: dict[str, Points] = {target.name: {} for target in self.targets}
         self.notes: list[str] = []
         if method.scale == "measured":
-            assert problem.live is not None
-            self.meter = Meter(problem.live, "kl", {}, method.trial, method.length, last=True)
+            self.measures = measures(problem)
 
     def best(self) -> Plan:
         """The plan of least measured loss, of those that the rounds come to; the only one where nothing is measured."""
@@ -209,47 +214,53 @@ class _Rounds:
 
     def measure(self, ranks: Mapping[str, int]) -> None:
         """KL of matrices alone, each at its rank; a note on one that is not finite."""
-        ordered = sorted((t for t in self.targets if t.name in ranks), key=lambda t: (min(t.blocks), t.name))
-        for done, target in enumerate(ordered, 1):
+        wanted: dict[str, int] = {}
+        for target in sorted((t for t in self.targets if t.name in ranks), key=lambda t: (min(t.blocks), t.name)):
             rank = self.lowered(target.name, ranks[target.name])
             if rank is not None and rank not in self.points[target.name]:
-                lost = self.alone(target, rank)
-                self.points[target.name][rank] = lost if math.isfinite(lost) else math.inf
-                predicted = float(self.curves[target.name][rank])
-                logger.debug("%s at rank %d: KL %.4g, predicted %.4g", target.name, rank, lost, predicted)
-                if not math.isfinite(lost):
-                    self.notes.append(f"{target.name}: the KL at rank {rank} alone is {lost}; {_without(rank)}")
-                    logger.warning(self.notes[-1])
-            self.problem.progress("measure", done, len(ordered))
+                wanted[target.name] = rank
+        for name, lost in self.alone(wanted).items():
+            rank, curve = wanted[name], self.curves[name]
+            self.points[name][rank] = lost if math.isfinite(lost) else math.inf
+            logger.debug("%s at rank %d: KL %.4g, predicted %.4g", name, rank, lost, float(curve[rank]))
+            if not math.isfinite(lost):
+                self.notes.append(f"{name}: the KL at rank {rank} alone is {lost}; {_without(rank)}")
+                logger.warning(self.notes[-1])
 
-    def alone(self, target: Target, rank: int) -> float:
-        """KL(dense ‖ the model with one matrix at a rank), nats a token; remembered."""
-        problem, method = self.problem, self.method
-        assert problem.candidates is not None
-        candidate, fixed = problem.candidates[target.name], problem.fixed.get(target.name, 0)
-        choice = candidate.first(fixed + rank_cost(problem.format, single(target), rank))
-
-        def make() -> dict[str, Tensor]:
-            return {"values": torch.tensor(self.meter.of_target(target, [choice]), dtype=torch.float64)}
-
-        fields = {"target": target.name, "rank": rank, "trial": method.trial, "length": method.length}
-        value = float(problem.remember("measured", fields, make)["values"])
+    def alone(self, ranks: Mapping[str, int]) -> dict[str, float]:
+        """KL(dense ‖ the model with one matrix at a rank), nats a token, of each; remembered."""
+        method, remember = self.method, self.problem.remember
+        fields = {
+            name: {"target": name, "rank": rank, "trial": method.trial, "length": method.length}
+            for name, rank in ranks.items()
+        }
+        known = {name: recalled(remember, "measured", of_one) for name, of_one in fields.items()}
+        changed = {name: self.choice(name, ranks[name]) for name, found in known.items() if found is None}
+        if changed:
+            progress = partial(self.problem.progress, "measure")
+            for name, lost in self.measures.deviations({}, changed, method.trial, method.length, progress):
+                known[name] = remember("measured", fields[name], partial(_kept, lost))
+        values = {name: float(found["values"]) for name, found in known.items() if found is not None}
         # what is rounding below 0 is nothing lost; max() would let a NaN through on one side only
-        return 0.0 if value < 0 else value
+        return {name: 0.0 if value < 0 else value for name, value in values.items()}
+
+    def choice(self, name: str, rank: int) -> Choice:
+        """A matrix at a rank."""
+        problem = self.problem
+        assert problem.candidates is not None
+        candidate, fixed = problem.candidates[name], problem.fixed.get(name, 0)
+        return candidate.first(fixed + rank_cost(problem.format, single(candidate.target), rank))
 
     def whole(self, plan: Plan) -> float:
         """KL(dense ‖ the model with a plan), nats a token; remembered."""
-        problem, method = self.problem, self.method
-        assert problem.live is not None
-        live, base = problem.live, dict(plan.choices)
+        method, base = self.method, dict(plan.choices)
 
-        def make() -> dict[str, Tensor]:
-            meter = Meter(live, "kl", base, method.trial, method.length, last=True)
-            return {"values": torch.tensor([meter.of_base()], dtype=torch.float64)}
+        def make() -> Mapping[str, Tensor]:
+            return _kept(self.measures.deviation(base, method.trial, method.length))
 
         ranks = {name: choice.counts["rank"] for name, choice in sorted(base.items())}
         fields = {"ranks": ranks, "trial": method.trial, "length": method.length}
-        return float(problem.remember("measured", fields, make)["values"])
+        return float(self.problem.remember("measured", fields, make)["values"])
 
     def solved(self) -> Plan:
         """The plan of least total loss by what is known now."""
@@ -266,6 +277,11 @@ class _Rounds:
         sizes = {t.name: (*each.ranks, None)[i] for t, each, i in zip(targets, ladders, picked, strict=True)}
         plan = rank_plan(targets, sizes, problem.format, problem.budget, problem.fixed)
         return replace(plan, notes=tuple(self.notes))
+
+
+def _kept(lost: float) -> Mapping[str, Tensor]:
+    """A loss as it is remembered."""
+    return {"values": torch.tensor([lost], dtype=torch.float64)}
 
 
 def _without(rank: int) -> str:

@@ -18,7 +18,8 @@ by Cholesky. Our own decisions: sampled labels, no inverse of G, the damping's f
 - every: B is that of one of so many calibration windows, for it costs as much as all else; G is of all of them.
 - shrink: of G towards its diagonal or the mean of it, so that what the calibration text lacks is not free.
 - sided: "input" takes B = I, for models too large for a backward pass. It streams, its scores are then those of
-  whitened SVD, and no currency between matrices.
+  whitened SVD, and no currency between matrices. "auto" is "both" where the backward pass fits into memory; a run
+  decides that before it begins (`settled`), and its results are known by what was decided.
 
 Costs, both sides: one backward pass over the whole model; B is out × out in float64 for every matrix, all blocks at
 once. Two float64 `eigh` of min(out, in) a matrix, out²·in + out·in² multiplications. Both factors are kept.
@@ -28,7 +29,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -52,7 +53,7 @@ class TwoSidedSVD(Decomposer):
     every: int = 4
     shrink: float = 0.0
     shrink_to: Literal["diagonal", "identity"] = "diagonal"
-    sided: Literal["both", "input"] = "both"
+    sided: Literal["auto", "both", "input"] = "auto"
 
     def __post_init__(self) -> None:
         if not 0 <= self.damping < float("inf"):
@@ -72,6 +73,10 @@ class TwoSidedSVD(Decomposer):
     @property
     def _fisher(self) -> OutputFisher:
         return OutputFisher(self.every)
+
+    def settled(self, backwards: bool) -> Decomposer:
+        """With `sided: auto` decided by whether the model can be run backwards."""
+        return self if self.sided != "auto" else replace(self, sided="both" if backwards else "input")
 
     def decompose(self, target: Target, weights: Mapping[str, Tensor], stats: Mapping[str, Statistics]) -> Candidate:
         """Rank units of a single-matrix target; errors at its output only where the metric is the Gram alone.
