@@ -32,7 +32,7 @@ HALF = ["calibrate.accept=0.5"]
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that is wide enough for ranks to be fine steps of its size."""
-    wider = {"hidden_size": 128, "intermediate_size": 192}
+    wider = {"hidden_size": 96, "intermediate_size": 128}
     return save_model(FAMILIES["llama"].make(**wider), tmp_path_factory.mktemp("models") / "wide")
 
 
@@ -41,32 +41,28 @@ def bytes_of(directory: Path) -> int:
     return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
 
 
-@pytest.mark.parametrize("name", ["svd", "default", "whitened", "lorap", "spectrim-onepass", "magnitude"])
-@pytest.mark.parametrize("share", [0.9, 0.7])
+@pytest.mark.parametrize(("name", "share"), [("svd", 0.9), ("default", 0.7), ("lorap", 0.8), ("magnitude", 0.7)])
 def test_the_files_come_out_at_a_budget_of_bytes(name: str, share: float, wide: Path, tmp_path: Path) -> None:
     budget = int(share * bytes_of(wide))
-    quick = ["groups.0.allocate.trial=1", "groups.0.allocate.rounds=0"] if name == "spectrim-onepass" else []
-    result = spectrim.compress(
-        wide, name, text=CALIBRATION, out=tmp_path / "out", budget=budget, settings=[*quick, "calibrate.select=0.1"]
-    )
+    result = spectrim.compress(wide, name, text=CALIBRATION, out=tmp_path / "out", budget=budget)
     assert 0.995 * budget <= bytes_of(tmp_path / "out") <= budget
     assert result.run["tries"][-1]["bytes"] == bytes_of(tmp_path / "out")
     assert result.summary["size"]["bytes"] == budget
     # an ordinary checkpoint, of the ratio that is said
     again = spectrim.compress(
         wide, name, text=CALIBRATION, out=tmp_path / "again", work=tmp_path / "out.work",
-        settings=[*quick, "calibrate.select=0.1"], ratio=result.summary["recipe"]["groups"][0]["ratio"],
+        ratio=result.summary["recipe"]["groups"][0]["ratio"],
     )  # fmt: skip
     assert again.plan.choices == result.plan.choices
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out")(CALIBRATION[:1]).logits.isfinite().all()
 
 
-@pytest.mark.parametrize(("dtype", "wanted"), [(torch.bfloat16, "350kB"), (torch.float32, "0.7 MB")])
+@pytest.mark.parametrize(("dtype", "wanted"), [(torch.bfloat16, "220kB"), (torch.float32, "0.45 MB")])
 def test_a_budget_counts_in_the_dtype_that_is_stored(
     dtype: torch.dtype, wanted: str, wide: Path, tmp_path: Path
 ) -> None:
     spectrim.compress(wide, "default", text=CALIBRATION, out=tmp_path / "out", budget=wanted, dtype=dtype)
-    limit = 350_000 if dtype == torch.bfloat16 else 700_000
+    limit = 220_000 if dtype == torch.bfloat16 else 450_000
     assert 0.995 * limit <= bytes_of(tmp_path / "out") <= limit
 
 
@@ -97,12 +93,11 @@ def test_groups_keep_their_proportions(wide: Path, tmp_path: Path) -> None:
     result = spectrim.compress(wide, str(asked), out=tmp_path / "out", parameters=wanted)
     attention, ffn = (group["ratio"] for group in result.summary["recipe"]["groups"])
     assert attention == pytest.approx(ffn / 4, abs=1e-6) and attention > 0.05
-    assert 0.999 * wanted <= result.summary["parameters"]["total_after"] <= wanted
+    assert 0.99 * wanted <= result.summary["parameters"]["total_after"] <= wanted
     assert [group.ratio for group in sizes.scaled(recipe.build("lorap", {"ratio": 0.0}), 0.3).groups] == [0.3, 0.3]
 
 
-@pytest.mark.parametrize("option", ["budget", "parameters"])
-@pytest.mark.parametrize("name", ["svd", "default"])
+@pytest.mark.parametrize(("option", "name"), [("parameters", "svd"), ("budget", "default")])
 def test_too_small_says_the_least_and_the_least_is_reached(
     option: str, name: str, llama_dir: Path, tmp_path: Path
 ) -> None:
@@ -188,14 +183,24 @@ def test_the_largest_ratio_within_a_loss_is_found(
     assert f"--max-loss {allowed}: ratio {best}" in result.plan.notes[-1]
 
 
+@pytest.fixture(scope="module")
+def own_text() -> Tensor:
+    """What the dense model itself says, so that nothing else loses less on it."""
+    torch.manual_seed(0)
+    start = torch.zeros(60, 1, dtype=torch.int64)
+    said = FAMILIES["llama"].make().generate(start, do_sample=True, min_new_tokens=39, max_new_tokens=39)  # type: ignore[operator]
+    assert said.shape == (60, 40)
+    return said
+
+
 @pytest.mark.parametrize("name", ["whitened", "spectrim-onepass", "spectrim"])
 def test_a_loss_is_kept_and_nothing_is_calibrated_or_decomposed_twice(
-    name: str, llama_dir: Path, tmp_path: Path, calls: Counter[str], caplog: pytest.LogCaptureFixture
+    name: str, llama_dir: Path, tmp_path: Path, own_text: Tensor, calls: Counter[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, logger="spectrim")
     quick = ["groups.0.allocate.trial=2", "groups.0.allocate.rounds=0"] if name != "whitened" else []
     settings = [*quick, "calibrate.accept=0.5", *(["calibrate.mix=0.5"] if name == "spectrim" else [])]
-    result = spectrim.compress(llama_dir, name, text=MANY, out=tmp_path / "out", max_loss=0.05, settings=settings)
+    result = spectrim.compress(llama_dir, name, text=own_text, out=tmp_path / "out", max_loss=0.05, settings=settings)
     tries, chosen = result.run["tries"], result.summary["recipe"]["groups"][0]["ratio"]
     assert len(tries) >= 3, tries
     assert calls["streamed"] + calls["resident"] == 1, "one pass over the dense model for all tries"
@@ -203,16 +208,18 @@ def test_a_loss_is_kept_and_nothing_is_calibrated_or_decomposed_twice(
     assert kept[chosen] <= 0.05 and all(kept[ratio] > 0.05 for ratio in kept if ratio > chosen)
     assert round(chosen + 0.01, 2) in kept
     made = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert nll(made, MANY[30:]) - nll(FAMILIES["llama"].make(), MANY[30:]) == pytest.approx(kept[chosen], abs=2e-5)
+    assert nll(made, own_text[30:]) - nll(FAMILIES["llama"].make(), own_text[30:]) == pytest.approx(
+        kept[chosen], abs=2e-5
+    )
     logged = [line for line in caplog.messages if line.startswith("tried ratio")]
     assert len(logged) == len(tries) and all(
         str(each["ratio"]) in line for each, line in zip(tries, logged, strict=True)
     )
     # the same command again, and one that was killed after its tries, end in the same bytes
-    again = spectrim.compress(llama_dir, name, text=MANY, out=tmp_path / "out", max_loss=0.05, settings=settings)
+    again = spectrim.compress(llama_dir, name, text=own_text, out=tmp_path / "out", max_loss=0.05, settings=settings)
     assert again.summary == result.summary
     spectrim.compress(
-        llama_dir, name, text=MANY, out=tmp_path / "b", work=tmp_path / "out.work", max_loss=0.05, settings=settings
+        llama_dir, name, text=own_text, out=tmp_path / "b", work=tmp_path / "out.work", max_loss=0.05, settings=settings
     )
     assert tree_hash(tmp_path / "out", "run.json") == tree_hash(tmp_path / "b", "run.json")
     assert calls["streamed"] + calls["resident"] == 1
@@ -272,14 +279,14 @@ def test_the_command_line(wide: Path, tmp_path: Path) -> None:
     assert both.exit_code == 2 and "--ratio and --max-loss each say" in both.stderr
     for options in (["--budget", "1GB", "--ratios", ".1"], ["--parameters", "5", "--ratio", "0.1"]):
         assert call("compress", wide, "--out", tmp_path / "out", *options).exit_code == 2
-    made = call("compress", wide, "--out", tmp_path / "out", "--recipe", "svd", "--budget", "700kB", "--json")
+    made = call("compress", wide, "--out", tmp_path / "out", "--recipe", "svd", "--budget", "450kB", "--json")
     data = json.loads(made.stdout)
-    assert 0.995 * 700_000 <= bytes_of(tmp_path / "out") <= 700_000 and data["run"]["tries"]
-    for options in (["--budget", "700kB"], ["--parameters", "170e3"]):
+    assert 0.995 * 450_000 <= bytes_of(tmp_path / "out") <= 450_000 and data["run"]["tries"]
+    for options in (["--budget", "450kB"], ["--parameters", "115e3"]):
         found = call("plan", wide, "--recipe", "svd", *options, "--json")
         planned = json.loads(found.stdout)
         assert any("planned at ratio 0." in note for note in planned["notes"])
-    assert 169_800 <= planned["parameters"]["total_after"] <= 170_000
+    assert 114_885 <= planned["parameters"]["total_after"] <= 115_000
     assert call("plan", wide, "--budget", "1GB", "--parameters", "5").exit_code == 2
 
 
@@ -288,7 +295,7 @@ def test_a_plan_by_size_needs_no_weights(wide: Path, tmp_path: Path) -> None:
     bare.mkdir()
     (bare / "config.json").write_bytes((wide / "config.json").read_bytes())
     asked = recipe.build("default", {}, ["calibrate.length=24"])
-    with_files, without = (estimate(each, asked, parameters=170_000) for each in (wide, bare))
+    with_files, without = (estimate(each, asked, parameters=115_000) for each in (wide, bare))
     assert with_files.totals == without.totals
-    with_files, without = (estimate(each, asked, budget="700kB") for each in (wide, bare))
+    with_files, without = (estimate(each, asked, budget="450kB") for each in (wide, bare))
     assert without.totals["total_after"] == pytest.approx(with_files.totals["total_after"], rel=0.03)

@@ -83,7 +83,7 @@ def estimate(
     memory: str | int | None = None,
     time: bool = False,
     budget: str | int | None = None,
-    parameters: float | None = None,
+    parameters: int | float | None = None,
 ) -> Estimate:
     """Plan a run of `recipe` on `model`; no weight is read, but with `time` those of one block, which is run.
 

@@ -70,8 +70,8 @@ def compress(
     settings: Sequence[str] = (),
     memory: str | int | None = None,
     budget: str | int | None = None,
-    parameters: float | None = None,
-    max_loss: float | None = None,
+    parameters: int | float | None = None,
+    max_loss: int | float | None = None,
     measure: bool = False,
     progress: Progress = silent,
 ) -> Result:

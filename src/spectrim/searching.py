@@ -70,7 +70,7 @@ class Search:
         else:
             assert self.size.max_loss is not None
             found = _Bisection(self, self.size.max_loss).go()
-        facts = {"tries": self.tries} if self.tries else {}
+        facts: dict[str, Any] = {"tries": self.tries} if self.tries else {}
         if self.measure or (self.size is not None and self.size.max_loss is not None):
             facts["loss"] = loss_of(found)
         return replace(found, facts=facts)
@@ -207,7 +207,7 @@ def _lost(run: Run, on: tuple[str, Windows], made: Callable[[], tuple[Plan, Mapp
 class _Bisection:
     """Ratios in hundredths; good, bad: the largest known to lose no more, the least known to lose more."""
 
-    def __init__(self, search: Search, limit: float):
+    def __init__(self, search: Search, limit: int | float):
         self.search, self.limit = search, limit
         self.good, self.bad = 0, STEPS
         self.losses: dict[int, float] = {0: 0.0}

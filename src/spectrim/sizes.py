@@ -47,7 +47,7 @@ class Size:
 
     bytes: int | None = None
     parameters: int | None = None
-    max_loss: float | None = None
+    max_loss: int | float | None = None
 
     @property
     def limit(self) -> int:
@@ -88,7 +88,7 @@ def only_one(given: Mapping[str, Any]) -> None:
 
 
 def asked_for(
-    ratio: float | None, budget: str | int | None, parameters: float | None, max_loss: float | None
+    ratio: float | None, budget: str | int | None, parameters: int | float | None, max_loss: int | float | None
 ) -> Size | None:
     """The size wanted, None where it is said by ratios. Raises RecipeError for two at once, or for what is no size."""
     only_one({"--ratio": ratio, "--budget": budget, "--parameters": parameters, "--max-loss": max_loss})
@@ -278,13 +278,14 @@ class Aim:
         return ratio
 
     def _refuse(self, ratio: int) -> None:
-        most = most_possible(self.asked, self.structure, GRID, min(ratio, GRID))
-        least = self.left(most / GRID)
+        steps = 10**4  # fine enough for what is only said
+        most = most_possible(self.asked, self.structure, steps, -(-min(ratio, GRID) * steps // GRID)) / steps
+        least = self.left(most)
         raise RecipeError(
             f"{self.size.option} {self.size.limit:,} is too small: the least that is reachable is {least:,} "
             f"{self.size.of}, {self.overhead:,} of them what is not compressed (embeddings, norms, the output head, "
             f"indices) and {least - self.overhead:,} what this recipe leaves of the matrices at its largest ratio, "
-            f"{most / GRID}"
+            f"{most}"
         )
 
 

@@ -96,8 +96,6 @@ def curve(
     something else.
     """
     launch.alone("compress --ratios")
-    if not isinstance(model, (str, Path)):
-        raise ValueError("a curve is of a model directory or hub name: a live model is compressed in place, once")
     shortcuts = {"sequences": sequences, "length": length, "seed": seed, "format": format}
     asked = _recipes(recipe, ratios, shortcuts, settings)
     final, model = Path(out), str(model)
