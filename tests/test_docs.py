@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"```(console|python|yaml)\n(.*?)```", re.DOTALL)
 FLAGS = re.compile(r"--[a-z][a-z-]+")
 PAGES = ["README.md", "docs/quickstart.md", "docs/large-models.md", "docs/compare.md", "docs/comparison.md"]
+PAGES += ["docs/sizes.md"]
 PAGES += [f"docs/methods/{page.name}" for page in sorted((ROOT / "docs/methods").glob("*.md"))]
 
 
@@ -89,6 +90,12 @@ def test_quickstart_runs() -> None:
 @pytest.mark.usefixtures("folder")
 def test_compare_runs() -> None:
     assert run_document("docs/compare.md") == 4
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("folder")
+def test_sizes_runs() -> None:
+    assert run_document("docs/sizes.md") == 5
 
 
 @pytest.mark.usefixtures("folder")

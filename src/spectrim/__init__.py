@@ -13,19 +13,21 @@ from spectrim.model.hook import install as _install
 
 if TYPE_CHECKING:
     from spectrim.measure.compare import compare
+    from spectrim.measure.curve import curve
     from spectrim.measure.evaluate import evaluate
     from spectrim.model.export import export_dense
     from spectrim.model.loading import load, save
     from spectrim.pipeline import Result, compress
     from spectrim.tuning import tune
 
-__all__ = ["Result", "compare", "compress", "evaluate", "export_dense", "load", "save", "tune"]
+__all__ = ["Result", "compare", "compress", "curve", "evaluate", "export_dense", "load", "save", "tune"]
 __version__ = "0.1.0"
 
 _PLACES = {
     "Result": "spectrim.pipeline",
     "compare": "spectrim.measure.compare",
     "compress": "spectrim.pipeline",
+    "curve": "spectrim.measure.curve",
     "evaluate": "spectrim.measure.evaluate",
     "export_dense": "spectrim.model.export",
     "load": "spectrim.model.loading",

@@ -30,6 +30,8 @@ Model = Annotated[str, typer.Argument(help="Model directory, hub name, or `refer
 Out = Annotated[Path, typer.Option("--out", help="Directory to write.")]
 RecipeName = Annotated[str, typer.Option("--recipe", help="Recipe name (see `spectrim methods`) or YAML file.")]
 Ratio = Annotated[float | None, typer.Option("--ratio", help="Fraction of the targets' parameters to remove.")]
+Budget = Annotated[str | None, typer.Option("--budget", help="Not --ratio but bytes of the files at most: 4GB.")]
+Parameters = Annotated[float | None, typer.Option("--parameters", help="Not --ratio but numbers in all: 3.2e9.")]
 Text = Annotated[
     list[str] | None, typer.Option("--text", help="Text file or dataset; repeat for a mixture, NAME=WEIGHT.")
 ]
@@ -135,6 +137,10 @@ def compress(
     out: Out,
     recipe: RecipeName = "default",
     ratio: Ratio = None,
+    budget: Budget = None,
+    parameters: Parameters = None,
+    max_loss: Annotated[float | None, typer.Option("--max-loss", help="Not --ratio but nats a token lost.")] = None,
+    ratios: Annotated[list[str] | None, typer.Option("--ratios", help="A curve: .1,.2,.3, into OUT/RATIO.")] = None,
     text: Text = None,
     sequences: Sequences = None,
     length: Length = None,
@@ -154,14 +160,19 @@ def compress(
         with alike():
             asked = _recipe(recipe, ratio, format, set_, sequences=sequences, length=length, seed=seed)
             kind = _dtype(dtype)
-        from spectrim import pipeline
+            from spectrim import commands
 
-        result = pipeline.compress(
-            model, asked, text=text, out=out, work=work, device=device, dtype=kind, overwrite=overwrite,
+            several = [_number(each) for each in _listed(ratios)] if ratios else None
+            size = commands.how_small(ratio, budget, parameters, max_loss, several)
+        result = commands.compress(
+            model, asked, size, text=text, out=out, work=work, device=device, dtype=kind, overwrite=overwrite,
             trust_remote_code=trust_remote_code, memory=memory, progress=progress,
         )  # fmt: skip
     if not launch.first():
         return
+    if ratios:
+        show.curve(result.to_json(), out, as_json)
+        raise typer.Exit(1 if result.failed else 0)
     if as_json:
         show.as_json({**result.summary, "run": result.run})
         return
@@ -297,6 +308,8 @@ def plan(
     model: Model,
     recipe: RecipeName = "default",
     ratio: Ratio = None,
+    budget: Budget = None,
+    parameters: Parameters = None,
     sequences: Sequences = None,
     length: Length = None,
     format: Format = None,
@@ -311,9 +324,11 @@ def plan(
     with _failures():
         _alone("plan")
         asked = _recipe(recipe, ratio, format, set_, sequences=sequences, length=length)
+        from spectrim import commands
         from spectrim.estimate import estimate
 
-        found = estimate(model, asked, device, trust_remote_code, memory, time)
+        size = commands.how_small(ratio, budget, parameters)
+        found = estimate(model, asked, device, trust_remote_code, memory, time, **size)
     if as_json:
         show.as_json(found.to_json())
         return

@@ -1,10 +1,11 @@
-"""What `evaluate` and `demo` do: load, measure, and gather the figures into one JSON object."""
+"""What `compress`, `evaluate` and `demo` do beyond one call: pick, load, measure, and gather the figures."""
 
 from __future__ import annotations
 
 import copy
 import json
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,36 @@ from transformers import PreTrainedModel
 from spectrim import pipeline
 from spectrim.core.progress import Progress, silent
 from spectrim.measure import evaluate as measures
+from spectrim.measure.curve import curve
 from spectrim.measure.speed import speed as measure_speed
 from spectrim.model import loading
 from spectrim.model.checkpoint import moved, quiet
 from spectrim.model.files import read_config, read_tokenizer, resolve, weight_files
+from spectrim.recipe import Recipe
+from spectrim.sizes import only_one
 
 PROMPT = "Once upon a time"
 WINDOW = 256  # what the bundled model was trained on
+
+
+def how_small(
+    ratio: float | None,
+    budget: str | None,
+    parameters: float | None,
+    max_loss: float | None = None,
+    ratios: Sequence[float] | None = None,
+) -> dict[str, Any]:
+    """What is given beside a recipe's ratio, by name. Raises RecipeError for more than one."""
+    others = {"budget": budget, "parameters": parameters, "max_loss": max_loss, "ratios": ratios}
+    only_one({f"--{name.replace('_', '-')}": value for name, value in {"ratio": ratio, **others}.items()})
+    return {name: value for name, value in others.items() if value is not None}
+
+
+def compress(model: str, asked: Recipe, how_small: Mapping[str, Any], out: Path, **options: Any) -> Any:
+    """A curve where `how_small` has ratios, else one compression, to what it has (see `pipeline.compress`)."""
+    if "ratios" not in how_small:
+        return pipeline.compress(model, asked, out=out, **how_small, **options)
+    return curve(model, asked, how_small["ratios"], options.pop("text"), out, **options)
 
 
 def evaluate(

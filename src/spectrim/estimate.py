@@ -5,12 +5,14 @@ from __future__ import annotations
 import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
-from spectrim import needs
+from spectrim import needs, sizes
 from spectrim.core import plan as plans
 from spectrim.core.plan import Plan
 from spectrim.jobs import Job, allocate_early, plan_jobs
@@ -18,9 +20,10 @@ from spectrim.measure.evaluate import max_positions, parameters
 from spectrim.model import blocks, targets
 from spectrim.model.checkpoint import Checkpoint, described
 from spectrim.model.files import has_weights, resolve
-from spectrim.pipeline import DEFAULT_LENGTH, compute_dtype
+from spectrim.pipeline import compute_dtype
 from spectrim.recipe import Recipe
 from spectrim.settling import of_a_process, settled
+from spectrim.starting import DEFAULT_LENGTH
 from spectrim.timing import predicted
 from spectrim.towards import TRIED
 
@@ -80,17 +83,24 @@ def estimate(
     trust_remote_code: bool = False,
     memory: str | int | None = None,
     time: bool = False,
+    budget: str | int | None = None,
+    parameters: int | float | None = None,
 ) -> Estimate:
     """Plan a run of `recipe` on `model`; no weight is read, but with `time` those of one block, which is run.
 
-    A directory with a config.json and no weights will do, but for `time`. memory: the limit of the run, as in
-    `compress`. Raises like `compress` for bad input.
+    A directory with a config.json and no weights will do, but for `time`. memory: the limit of the run, budget and
+    parameters: its size in place of its ratios, as in `compress`, which may try other ratios beside. Raises like
+    `compress` for bad input.
     """
     limit = None if memory is None else needs.parse_size(memory)
     directory = resolve(str(model))
     source = _source(directory, device, trust_remote_code, time)
     structure = blocks.share_inputs(source.model, targets.find(source.model))
     structure = replace(structure, notes=(*structure.notes, *source.notes))
+    size = sizes.asked_for(None, budget, parameters, None)
+    if size is not None:
+        recipe, note = _sized(recipe, size, source, structure)
+        structure = replace(structure, notes=(*structure.notes, note))
     setting = needs.Setting(
         source.model, structure, recipe, plan_jobs(recipe, structure), recipe.calibrate.sequences,
         _length(source.model, recipe), source.itemsize,
@@ -120,15 +130,33 @@ def estimate(
     )  # fmt: skip
 
 
+def _sized(recipe: Recipe, size: sizes.Size, source: _Source, structure: targets.Structure) -> tuple[Recipe, str]:
+    """The recipe at the first ratio that is tried for a size, and a note on it."""
+    if source.checkpoint is None:  # no files: tensors as they would be stored
+        of = partial(sizes.taken_in_memory, source.model, structure, dtype=source.stored)
+        aim = sizes.Aim(size, recipe, structure, of, source.itemsize)
+    else:
+        found = sizes.aimed(recipe, size, source.checkpoint, structure, None)
+        assert found is not None
+        aim = found
+    ratio = aim.first() / sizes.GRID
+    return sizes.scaled(recipe, ratio), f"{size.option} {size.limit:,}: planned at ratio {ratio}"
+
+
 @dataclass(frozen=True)
 class _Source:
-    """A skeleton, parameters of the whole model, bytes of a number as stored; the checkpoint, if it has weights."""
+    """A skeleton, parameters of the whole model, the dtype it is stored in; the checkpoint, if it has weights."""
 
     model: PreTrainedModel
     total: int
-    itemsize: int
+    stored: torch.dtype
     checkpoint: Checkpoint | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number as stored."""
+        return self.stored.itemsize
 
 
 def _source(directory: Path, device: str, trust_remote_code: bool, time: bool) -> _Source:
@@ -136,7 +164,7 @@ def _source(directory: Path, device: str, trust_remote_code: bool, time: bool) -
     if has_weights(directory):
         checkpoint = Checkpoint(directory, compute_dtype(device), trust_remote_code)
         total = parameters(directory)["total"]
-        return _Source(checkpoint.model, total, checkpoint.stored_dtype.itemsize, checkpoint)
+        return _Source(checkpoint.model, total, checkpoint.stored_dtype, checkpoint)
     if time:
         raise ValueError(
             f"{directory} holds no weights: memory and disk follow from its config.json, but for times one block must "
@@ -146,7 +174,7 @@ def _source(directory: Path, device: str, trust_remote_code: bool, time: bool) -
     model, stored = described(directory, compute_dtype(device), trust_remote_code)
     dtype = str(stored).removeprefix("torch.")
     note = f"{directory}: no weights are here; planned from config.json, for weights stored as {dtype}"
-    return _Source(model, parameters(model)["total"], stored.itemsize, notes=(note,))
+    return _Source(model, parameters(model)["total"], stored, notes=(note,))
 
 
 def _disk(setting: needs.Setting, plan: Plan | None, after: int, in_memory: int | None) -> dict[str, int]:

@@ -46,14 +46,25 @@ def refuse_filled(out: Path, overwrite: bool, alike: Callable[[Mapping[str, Any]
         writer.refuse_filled(out, overwrite)
 
 
-def of_recipe(asked: Recipe) -> Callable[[Mapping[str, Any]], bool]:
-    """Whether a summary is of a compression by that recipe, and of nothing that was done after it."""
-    wanted = hash_of(asked.model_dump(exclude_none=True))
-    return lambda summary: summary.get("recipe_hash") == wanted and "finetuning" not in summary
+def of_recipe(asked: Recipe, wish: Mapping[str, Any] | None = None) -> Callable[[Mapping[str, Any]], bool]:
+    """Whether a summary is of a compression by that recipe, and of nothing that was done after it.
+
+    wish: what else was asked for (`sizes.wish_of`); where that is a size, the ratio is no part of the recipe asked for.
+    """
+    wanted, size = hash_of(asked.model_dump(exclude_none=True)), (wish or {}).get("size")
+
+    def alike(summary: Mapping[str, Any]) -> bool:
+        right = summary.get("recipe_hash") == wanted if size is None else True
+        return right and summary.get("size") == size and "finetuning" not in summary
+
+    return alike
 
 
-def request_of(run: Run) -> str:
-    """All that decides what a compression writes, as a hash; the ratio, format and methods are in the recipe."""
+def request_of(run: Run, wish: Mapping[str, Any] | None = None) -> str:
+    """All that decides what a compression writes, as a hash; the ratio, format and methods are in the recipe.
+
+    wish: as for `of_recipe`.
+    """
     assert isinstance(run.source, Checkpoint)
     return hash_of(
         {
@@ -64,6 +75,7 @@ def request_of(run: Run) -> str:
             "decomposers": {name: named(each) for name, each in run.decomposers.items()},
             "computed": str(run.source.model.dtype), "stored": str(run.dtype),
             "versions": {name: version(name) for name in ("spectrim", "torch", "transformers", "safetensors")},
+            **(wish or {}),
         }
     )  # fmt: skip
 
@@ -79,14 +91,16 @@ def facts(out: Path) -> dict[str, Any]:
     return _json(out / FACTS)
 
 
-def compressed(run: Run, out: str | Path | None, overwrite: bool) -> tuple[Plan, dict[str, Any], dict[str, Any]] | None:
+def compressed(
+    run: Run, out: str | Path | None, overwrite: bool, wish: Mapping[str, Any] | None = None
+) -> tuple[Plan, dict[str, Any], dict[str, Any]] | None:
     """Plan, summary and facts of an output that is the finished result of this run, None where there is none yet.
 
     Raises ValueError, as `writer.refuse_filled`, for an output that holds anything else.
     """
     if out is None or overwrite or not _summary(Path(out)):
         return None
-    found = answer(Path(out), request_of(run))
+    found = answer(Path(out), request_of(run, wish))
     if found is None:
         writer.refuse_filled(Path(out), overwrite)
         return None

@@ -31,11 +31,14 @@ UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 Causes = dict[str, int]
 
 
-def parse_size(given: str | int) -> int:
-    """Bytes of `6GB`, `512MiB`, `1.5 GB` or a plain number. Raises RecipeError for anything else, and for none."""
+def parse_size(given: str | int, of: str = "memory") -> int:
+    """Bytes of `6GB`, `512MiB`, `1.5 GB` or a plain number. Raises RecipeError for anything else, and for none.
+
+    of: what has that size, as the error calls it.
+    """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(given).lower())
     if found is None or found[2] not in UNITS or not int(float(found[1]) * UNITS[found[2]]):
-        raise RecipeError(f"memory {given!r} is no size: give bytes, or a number with a unit, such as 6GB or 512MiB")
+        raise RecipeError(f"{of} {given!r} is no size: give bytes, or a number with a unit, such as 6GB or 512MiB")
     return int(float(found[1]) * UNITS[found[2]])
 
 

@@ -19,26 +19,24 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spectrim import finished, lean, needs
+from spectrim import finished, needs, searching, sizes
 from spectrim import recipe as recipes
 from spectrim.core import distributed, heap, lock
-from spectrim.core.plan import Candidate, Plan
+from spectrim.core.plan import Plan
 from spectrim.core.progress import Progress, silent
 from spectrim.core.store import Store, StoreError, appears, hash_of, write_json
 from spectrim.data import text as texts
-from spectrim.jobs import Job, allocate_early, plan_jobs
+from spectrim.jobs import Job
 from spectrim.measure.evaluate import max_positions, parameters
 from spectrim.model import apply, blocks, targets, writer
 from spectrim.model.checkpoint import Checkpoint, LiveModel, Weights
 from spectrim.model.files import read_tokenizer, resolve
-from spectrim.planning import planned
 from spectrim.recipe import Recipe
 from spectrim.run import Run, Timings
-from spectrim.settling import of_a_process, settled
+from spectrim.settling import of_a_process
+from spectrim.starting import DEFAULT_LENGTH, Start
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_LENGTH = 2048
 
 
 @dataclass(frozen=True)
@@ -72,18 +70,24 @@ def compress(
     trust_remote_code: bool = False,
     settings: Sequence[str] = (),
     memory: str | int | None = None,
+    budget: str | int | None = None,
+    parameters: int | float | None = None,
+    max_loss: int | float | None = None,
+    measure: bool = False,
     progress: Progress = silent,
 ) -> Result:
     """Compress a model directory (or hub name) into `out`, or a live model in place.
 
-    ratio: fraction of the targets' parameters to remove. text: files or dataset names, `NAME=WEIGHT` for a mixture
-    (with `tokenizer` for a live model), or token windows; needed where the recipe measures anything. work: where
-    statistics and decompositions are kept for the next run (default `out`.work); without `out`, a live model's are
-    kept only if given. memory: what the run may hold beside its imports (`6GB`, `512MiB`, bytes): hidden states that
-    do not fit lie in files in the work directory, and a killed run goes on at its block. Several processes of torchrun,
-    given the same, share the work, and all return the result. Raises ValueError (and RecipeError, StoreError) before
-    anything heavy for bad input, a limit that is too low, or a disk that is too full; distributed.Lost where another
-    process failed.
+    ratio: fraction of the targets' parameters to remove; or else budget: bytes of the files written, parameters: of the
+    whole model, max_loss: nats a token over the dense model, all three at most (`sizes`, `searching`). measure: have
+    `run.json` say what is lost on windows of `accept`, or `select`. text: files or dataset names, `NAME=WEIGHT` for a
+    mixture (with `tokenizer` for a live model), or token windows; needed where the recipe measures anything. work:
+    where statistics and decompositions are kept for the next run (default `out`.work); without `out`, a live model's
+    are kept only if given. memory: what the run may hold beside its imports (`6GB`, `512MiB`, bytes): hidden states
+    that do not fit lie in files in the work directory, and a killed run goes on at its block. Several processes of
+    torchrun, given the same, share the work, and all return the result. Raises ValueError (and RecipeError, StoreError)
+    before anything heavy for bad input, a limit that is too low, or a disk that is too full; RecipeError for a size
+    that no ratio gives; distributed.Lost where another process failed.
     """
     shortcuts = {"ratio": ratio, "sequences": sequences, "length": length, "seed": seed, "format": format}
     device = torch.device(device)
@@ -91,32 +95,37 @@ def compress(
     timings, available = Timings(), of_a_process()
     with distributed.alike():
         device = distributed.own(device)
-        asked = recipes.build(recipe, shortcuts, settings)
+        size = sizes.asked_for(ratio, budget, parameters, max_loss)
+        asked = sizes.with_windows(recipes.build(recipe, shortcuts, settings), size)
+        wish = sizes.wish_of(asked, size, measure)
         limit = None if memory is None else needs.parse_size(memory)
         with timings.stage("read"):
-            source = _source(model, out, device, overwrite, trust_remote_code, asked)
+            source = _source(model, out, device, overwrite, trust_remote_code, asked, wish)
             text = "reference" if text is None and model == "reference" else text
             tokenizer = _tokenizer(source, text, tokenizer, trust_remote_code)
         with timings.stage("targets"):
             structure = blocks.share_inputs(source.model, targets.find(source.model))
-            setting = settled(_setting(source, structure, asked, plan_jobs(asked, structure), text), limit or available)
-            structure, jobs = setting.structure, setting.jobs
-            early = [allocate_early(job, asked) for job in jobs]
-            room = None if limit is None else needs.room(setting, limit)
+            aim = sizes.aimed(asked, size, source, structure, dtype)
+            asked = asked if aim is None else sizes.scaled(asked, aim.first() / sizes.GRID)
+            start = Start(source, structure, text, limit, out, available)
+            begun = start.begun(asked)
     with _store(work, out) as store:
         with distributed.alike():
             with timings.stage("text"):
-                windows = _windows(asked, jobs, text, tokenizer, source.model, store)
+                measured = max_loss is not None or (measure and text is not None)
+                windows = _windows(asked, begun.jobs, text, tokenizer, source.model, store, measured)
+                if max_loss is not None and windows is not None:
+                    searching.refuse_few(windows, asked.calibrate)
             shown = progress if distributed.first() else silent
-            run = Run(source, structure, asked, jobs, windows, device, store, timings, shown, dtype)
+            run = Run(source, begun.setting.structure, asked, begun.jobs, windows, device, store, timings, shown, dtype)
             _check_same(run, out)
-        made = distributed.agreed(lambda: finished.compressed(run, out, overwrite))
+        made = distributed.agreed(lambda: finished.compressed(run, out, overwrite, wish))
         if made is not None:
             return Result(*made, directory=Path(str(out)))
-        run.room = room
-        run.lean = distributed.agreed(lambda: _lean(run, setting, early, out))
-        plan, candidates = planned(run, early)
-        return _finish(run, plan, candidates, out, overwrite, dtype)
+        request = None if out is None else finished.request_of(run, wish)
+        first = start.ready(run, begun)
+        found = searching.Search(first, size, aim, lambda other: start.again(run, other), measure).go()
+        return _finish(found, out, overwrite, request, wish)
 
 
 def _tokenizer(source: Weights, text: Any, given: Any, trust_remote_code: bool) -> Any:
@@ -145,6 +154,7 @@ def _source(
     overwrite: bool,
     trust_remote_code: bool,
     asked: Recipe,
+    wish: Mapping[str, Any],
 ) -> Weights:
     """Where the weights come from. Raises ValueError unless a directory has an `out` that can be written."""
     if isinstance(model, PreTrainedModel):
@@ -153,7 +163,7 @@ def _source(
         return LiveModel(model)
     if out is None:
         raise ValueError("give `out`, the directory to write the compressed model into")
-    finished.refuse_filled(Path(out), overwrite, finished.of_recipe(asked))
+    finished.refuse_filled(Path(out), overwrite, finished.of_recipe(asked, wish))
     return Checkpoint(resolve(str(model)), compute_dtype(device), trust_remote_code)
 
 
@@ -200,54 +210,19 @@ def _check_shared(directory: Path) -> None:
         )
 
 
-def _setting(
-    source: Weights, structure: targets.Structure, asked: Recipe, jobs: Sequence[Job], text: Any
-) -> needs.Setting:
-    """What decides how much the run holds."""
-    longest = max_positions(source.model)
-    length = asked.calibrate.length or min(DEFAULT_LENGTH, longest or DEFAULT_LENGTH)
-    sequences = asked.calibrate.sequences
-    if isinstance(text, Tensor) and text.ndim == 2:
-        sequences, length = text.shape
-    stored = source.stored_dtype if isinstance(source, Checkpoint) else source.model.dtype
-    return needs.Setting(source.model, structure, asked, jobs, sequences, length, stored.itemsize)
-
-
-def _lean(run: Run, setting: needs.Setting, early: Sequence[Plan | None], out: str | Path | None) -> frozenset[str]:
-    """Targets whose factors are not stored. Raises StoreError where even then the disk is too full."""
-    sequential, directory = run.asked.calibrate.sequential, run.store.directory
-    only_second = sequential and all(plan is not None for plan in early)
-    # what a second pass has made already is known by the keys of the blocks before it, once it runs
-    pending = [] if only_second and (directory / "candidate").exists() else run.pending()
-    passes = 2 if sequential and not only_second else 1
-    return lean.chosen(run.jobs, pending, _beside(run, setting, out), directory, passes)
-
-
-def _beside(run: Run, setting: needs.Setting, out: str | Path | None) -> int:
-    """Bytes that the disk of the work directory has to take beside first candidates."""
-    found = 0
-    if run.room is not None:
-        streams = [trial.states - run.room for trial in needs.trials(setting)]
-        found += max(0, 2 * setting.hidden_states if setting.measured and not setting.resident else 0, *streams)
-    if out is not None and lean.same_disk(Path(out), run.store.directory):
-        dense = sum(target.parameters for target in run.targets)
-        total = sum(p.numel() for p in setting.model.parameters())
-        found += setting.stored * (total - dense + sum(job.budget for job in run.jobs))
-    return found
-
-
 def compute_dtype(device: str | torch.device) -> torch.dtype | None:
     """The dtype calibration runs in: float32 on a CPU, where half types are slower and rougher; else as stored."""
     return torch.float32 if torch.device(device).type == "cpu" else None
 
 
 def _windows(
-    asked: Recipe, jobs: Sequence[Job], text: Any, tokenizer: Any, model: PreTrainedModel, store: Store
+    asked: Recipe, jobs: Sequence[Job], text: Any, tokenizer: Any, model: PreTrainedModel, store: Store, lost: bool
 ) -> Int[Tensor, "sequences length"] | None:
     """The calibration tokens, or None when nothing is measured. Raises ValueError when text is needed and missing."""
     wanted = {repr(n) for job in jobs for d in [*job.decomposers.values(), job.allocator] for n in d.needs}
     wanted |= {"deviations of the model" for job in jobs if job.allocator.sees == "model"}
     wanted |= {"the dense model's outputs"} if asked.calibrate.paired else set()
+    wanted |= {"what the result loses"} if lost else set()
     if not wanted:
         return None
     longest = max_positions(model)
@@ -301,33 +276,31 @@ def _tokenizer_hash(tokenizer: Any) -> str:
 
 
 def _finish(
-    run: Run,
-    plan: Plan,
-    candidates: Mapping[str, Candidate],
-    out: str | Path | None,
-    overwrite: bool,
-    dtype: torch.dtype | None,
+    found: searching.Found, out: str | Path | None, overwrite: bool, request: str | None, wish: Mapping[str, Any]
 ) -> Result:
     """Apply the plan, write what was asked, and say what came of it."""
+    run, plan, candidates = found.run, found.plan, found.candidates
     if out is None:
         model = run.source.model
         before = parameters(model)
         with run.timings.stage("write"):
             apply.live(model, run.structure, plan, candidates, run.progress)
         summary = _summary(run, plan, before["total"], parameters(model)["total"])
-        return Result(plan, summary, _facts(run), model=model)
+        return Result(plan, {**summary, **wish}, {**_facts(run), **found.facts}, model=model)
     source, final = run.source, Path(out)
     assert isinstance(source, Checkpoint)
     with ExitStack() as stack:
         directory = distributed.agreed(lambda: stack.enter_context(writer.new_directory(final, overwrite)))
         with distributed.alike(), run.timings.stage("write"):
             own = directory if distributed.first() else None
-            apply.streamed(source, run.structure, plan, candidates, own, dtype, progress=run.progress)
+            apply.streamed(source, run.structure, plan, candidates, own, run.dtype, progress=run.progress)
 
         def described() -> tuple[dict[str, Any], dict[str, Any]]:
             before, after = parameters(source.directory), parameters(directory)
             summary, facts = _summary(run, plan, before["total"], after["total"]), _facts(run)
-            summary |= finished.record(directory, finished.request_of(run))
+            assert request is not None
+            summary |= {**wish, **finished.record(directory, request)}
+            facts |= found.facts
             write_json(directory / "spectrim.json", summary)
             write_json(directory / "run.json", facts)
             return summary, facts

@@ -88,6 +88,14 @@ class Run:
         self.reread = {target.name for job in jobs if job.allocator.sees == "model" for target in job.targets}
         self.complete = {target.name for job in jobs if job.allocator.learns for target in job.targets}
 
+    def at(self, asked: Recipe, jobs: Sequence[Job]) -> Run:
+        """The same run of another recipe, which shares out the windows alike."""
+        parts = [each for each in (self.windows, self.select, self.accept) if each is not None]
+        return Run(
+            self.source, self.structure, asked, jobs, torch.cat(parts) if parts else None, self.device, self.store,
+            self.timings, self.progress, self.dtype, self.fingerprint,
+        )  # fmt: skip
+
     def key(self, target: Target, upstream: str | None = None) -> dict[str, Any]:
         """What made a candidate: not the ratio, nor the allocator, but for the plan of the blocks before it."""
         decomposer = self.decomposers[target.name]

@@ -66,6 +66,23 @@ def comparison(data: Any, out: Path) -> None:
     console.print(LEGEND, highlight=False)
 
 
+def curve(data: Any, out: Path, as_data: bool) -> None:
+    """The rows of a curve, and its notes; as_data: as one JSON object."""
+    from spectrim.measure.curve import table
+
+    if as_data:
+        as_json(data)
+        return
+    header, rows = table(data)
+    console = out_console if out_console.is_terminal else Console(width=400)
+    shown = Table(*header, title=str(out))
+    for row in rows:
+        shown.add_row(*row)
+    console.print(shown)
+    for note in data["notes"]:
+        err_console.print(note, highlight=False)
+
+
 def tuning(found: Any) -> None:
     """What a fine-tuning did, and its notes."""
     table = Table("", "", title=str(found.directory))

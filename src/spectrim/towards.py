@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from spectrim import driving
 from spectrim.calibrate.collect import BlockStatistics
-from spectrim.calibrate.paired import Measured, Step, steps_of
+from spectrim.calibrate.paired import Lost, Measured, Step, steps_of
 from spectrim.calibrate.statistics import Gram, Statistic
 from spectrim.core import distributed
 from spectrim.core.linalg import pulled
@@ -97,6 +97,14 @@ def _chosen(run: Run, plan: Plan) -> tuple[float, Made, str]:
 
 def divergence(run: Run, plan: Plan, candidates: Mapping[str, Candidate], windows: driving.Windows) -> float:
     """KL(dense ‖ compressed) of a plan, nats a token, block by block; the blocks are not all in memory at once."""
+    return lost(run, plan, candidates, windows).kl
+
+
+def lost(run: Run, plan: Plan, candidates: Mapping[str, Candidate], windows: driving.Windows) -> Lost:
+    """KL and excess loss of a plan on windows, block by block as `divergence`.
+
+    The factors are those that would be stored, in the dtype that is computed in.
+    """
     installed: dict[str, nn.Module] = {}
     live = Installed(run.source.model, run.structure, candidates, windows, 1)
     inside = [
@@ -107,7 +115,7 @@ def divergence(run: Run, plan: Plan, candidates: Mapping[str, Candidate], window
     for step in pair.steps(inside, through=True):
         for target, owner in zip(step.targets, run.dealt(step.targets), strict=True):
             installed |= live.built(target.name, plan.choices[target.name], owner)
-    return pair.divergence()
+    return pair.lost()
 
 
 class _Pass:

@@ -112,7 +112,9 @@ def test_one_block_is_in_memory_at_a_time(llama: OnDisk, monkeypatch: pytest.Mon
     with monkeypatch.context() as patch:
         patch.setattr(llama.source, "load", load)
         patch.setattr(llama.source, "load_outside", lambda blocks, device: llama.source_outside(blocks, device))
-        patch.setattr(OnDisk, "source_outside", lambda self, *given: Checkpoint.load_outside(self.source, *given), False)
+        patch.setattr(
+            OnDisk, "source_outside", lambda self, *given: Checkpoint.load_outside(self.source, *given), False
+        )
         with pytest.raises(AssertionError, match="lm_head"):  # the head joins the embedding, after all blocks
             dict(llama.breadth().deviations({}, llama.choices(4), 2, LENGTH, progress))
     assert seen == [(1, 2), (2, 2)]

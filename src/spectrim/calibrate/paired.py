@@ -46,6 +46,19 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Lost:
+    """What a compressed model loses, means in nats a token.
+
+    kl: KL(dense ‖ compressed) of next-token distributions, over every place of the windows; excess: of −log p of the
+    token that follows, over the dense model's, over the `predictions` places that one follows.
+    """
+
+    kl: float
+    excess: float
+    predictions: int
+
+
+@dataclass(frozen=True)
 class Step:
     """Targets of one block that are compressed at once; `measure` runs both streams, if what it gives is wanted.
 
@@ -125,14 +138,14 @@ class Paired:
             self.progress("calibrate", index + 1, last + 1)
 
     @torch.no_grad()
-    def divergence(self) -> float:
-        """KL(dense ‖ compressed) of next-token distributions, nats a token, once both streams ran to the end."""
+    def lost(self) -> Lost:
+        """What the compressed stream's predictions lose, once both streams ran to the end."""
         model, count = self.weights.model, self.structure.count
         loaded = self.weights.load_outside(self.structure.blocks, self.device)
         head = next((n for n, m in model.named_modules() if m is model.get_output_embeddings()), None)
         if head is not None:
             self.weights.load(head, self.device)
-        lost, tokens = torch.zeros((), dtype=torch.float64), 0
+        sums = torch.zeros(4, dtype=torch.float64)  # KL and its places, excess and its places
         for i, batch in self.own.items():
             states = [stream.get(count, i).to(self.device) for stream in (self.dense, self.compressed)]
             for place, ids in enumerate(batch.ids):  # the vocabulary is wide: one sequence at a time
@@ -143,13 +156,19 @@ class Paired:
                     for state in states
                 )  # fmt: skip
                 each = (known.exp() * (known - found)).sum(-1)[0]
-                real = each if batch.mask is None else each[batch.mask[place].to(each.device)]
-                lost += real.sum(dtype=torch.float64).cpu()
-                tokens += len(real)
+                following = ids[1:, None].to(known.device)
+                more = (known[0, :-1].gather(-1, following) - found[0, :-1].gather(-1, following))[:, 0]
+                if batch.mask is not None:
+                    real = batch.mask[place].to(each.device)
+                    each, more = each[real], more[real[:-1] & real[1:]]
+                for position, values in ((0, each), (2, more)):
+                    sums[position] += values.sum(dtype=torch.float64).cpu()
+                    sums[position + 1] += len(values)
         self.weights.release_names(loaded)
         if head is not None:
             self.weights.release(head)
-        return float(distributed.add_up(lost)) / float(distributed.add_up(torch.tensor(float(tokens))))
+        kl, places, excess, predictions = distributed.add_up(sums).tolist()
+        return Lost(kl / places, excess / predictions if predictions else float("nan"), int(predictions))
 
     def _enter(self, batch: int, state: Tensor) -> None:
         """Both streams begin alike."""

@@ -222,6 +222,20 @@ def streamed(
     processes the first one writes; the others, without a directory, make a share of the factors for it.
     """
     place = placed(plan, structure, checkpoint.model)
+    items, costs = pieces(checkpoint, place, plan, candidates, dtype)
+    with delivered(items, costs) as ready:
+        if directory is not None:
+            _write(checkpoint, place, ready, directory, dtype, shard_bytes, progress)
+
+
+def pieces(
+    checkpoint: Checkpoint,
+    place: Placed,
+    plan: Plan,
+    candidates: Mapping[str, Candidate],
+    dtype: torch.dtype | None = None,
+) -> tuple[list[Item], list[float]]:
+    """All that `streamed` writes, in its order, and what making each costs; candidates are read when one is made."""
     stored = {checkpoint.names.get(key, key): key for key in checkpoint.where}
     replaced = {checkpoint.stored_key(f"{module}.weight"): module for module in place.specs}
     # a bias goes with its weight: it may lose rows, or get an offset
@@ -237,9 +251,13 @@ def streamed(
         elif key not in biases:
             items.append(_copy(checkpoint, key, dtype))
             costs.append(0.0)
-    with delivered(items, costs) as ready:
-        if directory is not None:
-            _write(checkpoint, place, ready, directory, dtype, shard_bytes, progress)
+    guard = guard_name(place.layout)
+    if guard is not None:
+        key = checkpoint.stored_key(f"{guard}.weight")
+        empty = torch.zeros(0, dtype=dtype or checkpoint.stored_dtype)
+        items.append(Item({key: (empty.dtype, (0,))}, lambda: {key: empty}))
+        costs.append(0.0)
+    return items, costs
 
 
 def _write(
@@ -252,11 +270,6 @@ def _write(
     progress: Progress,
 ) -> None:
     """The shards, and what lies beside them."""
-    guard = guard_name(place.layout)
-    if guard is not None:
-        key = checkpoint.stored_key(f"{guard}.weight")
-        empty = torch.zeros(0, dtype=dtype or checkpoint.stored_dtype)
-        items.append(Item({key: (empty.dtype, (0,))}, lambda: {key: empty}))
     heap.give_back()  # factorisations of small matrices leave holes
     write_shards(directory, items, shard_bytes, lambda done, total: progress("write", done, total))
     _write_sides(checkpoint, place, directory, dtype)

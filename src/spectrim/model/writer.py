@@ -105,7 +105,13 @@ def _split(items: Sequence[Item], shard_bytes: int) -> list[list[Item]]:
     return shards
 
 
-def _write_file(path: Path, items: Sequence[Item]) -> Iterator[int]:
+def file_bytes(items: Sequence[Item], shard_bytes: int) -> int:
+    """Bytes of the files that `write_shards` makes of them, headers included."""
+    return sum(_head(shard)[2] for shard in _split(items, shard_bytes))
+
+
+def _head(items: Sequence[Item]) -> tuple[bytes, dict[str, int], int]:
+    """How a file of these items begins, where each tensor starts in it, and how long it is."""
     shapes = {name: shape for item in items for name, shape in item.shapes.items()}
     # wide dtypes first, so that every tensor starts at a multiple of its element size
     order = sorted(shapes, key=lambda name: (-shapes[name][0].itemsize, name))
@@ -118,11 +124,17 @@ def _write_file(path: Path, items: Sequence[Item]) -> Iterator[int]:
         header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [starts[name], position]}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
+    head = len(encoded).to_bytes(8, "little") + encoded
+    return head, {name: len(head) + start for name, start in starts.items()}, len(head) + position
+
+
+def _write_file(path: Path, items: Sequence[Item]) -> Iterator[int]:
+    head, places, size = _head(items)
     with open(path, "wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        file.truncate(8 + len(encoded) + position)
+        file.write(head)
+        file.truncate(size)
         for item in items:
-            _write_item(file, item, {name: 8 + len(encoded) + starts[name] for name in item.shapes})
+            _write_item(file, item, {name: places[name] for name in item.shapes})
             yield item.bytes
         file.flush()
         os.fsync(file.fileno())
