@@ -21,7 +21,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("calibrate", "learn", "measure.evaluate", "measure.speed"),
     ("methods", "finetune"),
     (
-        "recipe", "jobs", "stored", "needs", "lean", "driving", "run", "second", "towards", "planning", "timing",
+        "recipe", "jobs", "stored", "needs", "lean", "driving", "run", "second", "towards", "strength", "owntext",
+        "planning", "timing",
         "finished", "pipeline", "estimate", "tuning",
     ),
     ("measure.compare", "measure.plot", "measure.apart", "measure.zero_shot", "measure.report"),

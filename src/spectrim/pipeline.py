@@ -19,7 +19,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spectrim import finished, lean, needs
+from spectrim import finished, lean, needs, owntext
 from spectrim import recipe as recipes
 from spectrim.core import distributed, heap, lock
 from spectrim.core.plan import Candidate, Plan
@@ -34,6 +34,7 @@ from spectrim.model.files import read_tokenizer, resolve
 from spectrim.planning import planned
 from spectrim.recipe import Recipe
 from spectrim.run import Run, Timings
+from spectrim.strength import TRIALS
 
 logger = logging.getLogger(__name__)
 
@@ -76,13 +77,13 @@ def compress(
     """Compress a model directory (or hub name) into `out`, or a live model in place.
 
     ratio: fraction of the targets' parameters to remove. text: files or dataset names, `NAME=WEIGHT` for a mixture
-    (with `tokenizer` for a live model), or token windows; needed where the recipe measures anything. work: where
-    statistics and decompositions are kept for the next run (default `out`.work); without `out`, a live model's are
-    kept only if given. memory: what the run may hold beside its imports (`6GB`, `512MiB`, bytes): hidden states that
-    do not fit lie in files in the work directory, and a killed run goes on at its block. Several processes of torchrun,
-    given the same, share the work, and all return the result. Raises ValueError (and RecipeError, StoreError) before
-    anything heavy for bad input, a limit that is too low, or a disk that is too full; distributed.Lost where another
-    process failed.
+    (with `tokenizer` for a live model), `self` for what the model writes, or token windows; needed where the recipe
+    measures anything. work: where statistics and decompositions are kept for the next run (default `out`.work);
+    without `out`, a live model's are kept only if given. memory: what the run may hold beside its imports (`6GB`,
+    `512MiB`, bytes): hidden states that do not fit lie in files in the work directory, and a killed run goes on at its
+    block. Several processes of torchrun, given the same, share the work, and all return the result. Raises ValueError
+    (and RecipeError, StoreError) before anything heavy for bad input, a limit that is too low, or a disk that is too
+    full; distributed.Lost where another process failed.
     """
     shortcuts = {"ratio": ratio, "sequences": sequences, "length": length, "seed": seed, "format": format}
     device = torch.device(device)
@@ -104,10 +105,12 @@ def compress(
             room = None if limit is None else needs.room(setting, limit)
     with _store(work, out) as store:
         with distributed.alike():
-            with timings.stage("text"):
-                windows = _windows(asked, jobs, text, tokenizer, source.model, store)
             shown = progress if distributed.first() else silent
-            run = Run(source, structure, asked, jobs, windows, device, store, timings, shown, dtype)
+            with timings.stage("text"):
+                own = owntext.own_text(source, asked.calibrate, text, device)
+                windows = _windows(asked, jobs, text, tokenizer, source.model, store, own, shown)
+            fingerprint = None if own is None else own.fingerprint
+            run = Run(source, structure, asked, jobs, windows, device, store, timings, shown, dtype, fingerprint)
             _check_same(run, out)
         made = distributed.agreed(lambda: finished.compressed(run, out, overwrite))
         if made is not None:
@@ -120,7 +123,7 @@ def compress(
 
 def _tokenizer(source: Weights, text: Any, given: Any, trust_remote_code: bool) -> Any:
     """The one that was given, else that of a checkpoint where a text has to be read."""
-    if given is not None or not isinstance(source, Checkpoint) or text is None or isinstance(text, Tensor):
+    if given is not None or not isinstance(source, Checkpoint) or not owntext.needs_tokenizer(text):
         return given
     return read_tokenizer(source.directory, trust_remote_code)
 
@@ -208,7 +211,8 @@ def _setting(
     if isinstance(text, Tensor) and text.ndim == 2:
         sequences, length = text.shape
     stored = source.stored_dtype if isinstance(source, Checkpoint) else source.model.dtype
-    return needs.Setting(source.model, structure, asked, jobs, sequences, length, stored.itemsize)
+    own = texts.SELF in owntext.sources(text)
+    return needs.Setting(source.model, structure, asked, jobs, sequences, length, stored.itemsize, own)
 
 
 def _lean(run: Run, setting: needs.Setting, early: Sequence[Plan | None], out: str | Path | None) -> frozenset[str]:
@@ -217,7 +221,7 @@ def _lean(run: Run, setting: needs.Setting, early: Sequence[Plan | None], out: s
     only_second = sequential and all(plan is not None for plan in early)
     # what a second pass has made already is known by the keys of the blocks before it, once it runs
     pending = [] if only_second and (directory / "candidate").exists() else run.pending()
-    passes = 2 if sequential and not only_second else 1
+    passes = (2 if sequential and not only_second else 1) + (TRIALS if run.asked.calibrate.shrink == "auto" else 0)
     return lean.chosen(run.jobs, pending, _beside(run, setting, out), directory, passes)
 
 
@@ -239,7 +243,14 @@ def compute_dtype(device: str | torch.device) -> torch.dtype | None:
 
 
 def _windows(
-    asked: Recipe, jobs: Sequence[Job], text: Any, tokenizer: Any, model: PreTrainedModel, store: Store
+    asked: Recipe,
+    jobs: Sequence[Job],
+    text: Any,
+    tokenizer: Any,
+    model: PreTrainedModel,
+    store: Store,
+    own: owntext.OwnText | None,
+    progress: Progress,
 ) -> Int[Tensor, "sequences length"] | None:
     """The calibration tokens, or None when nothing is measured. Raises ValueError when text is needed and missing."""
     wanted = {repr(n) for job in jobs for d in [*job.decomposers.values(), job.allocator] for n in d.needs}
@@ -258,18 +269,20 @@ def _windows(
         return text
     if text is None:
         raise ValueError(f"this recipe measures {', '.join(sorted(wanted))} on calibration text: give --text FILE")
-    if tokenizer is None:
+    if tokenizer is None and owntext.needs_tokenizer(text):
         raise ValueError("give the tokenizer too, or token windows as `text`")
     sources = [texts.parse_source(name) for name in ([text] if isinstance(text, str) else text)]
     settings = asked.calibrate
     key = {
-        "text": texts.fingerprint(sources), "tokenizer": _tokenizer_hash(tokenizer),
+        "text": texts.fingerprint(sources), "tokenizer": "" if tokenizer is None else _tokenizer_hash(tokenizer),
         "sequences": settings.sequences, "length": length, "seed": settings.seed,
+        **({} if own is None else own.key(length)),
     }  # fmt: skip
+    drawn = None if own is None else lambda count: own.draw(count, length, progress)
 
     def make() -> None:
         if not store.has("windows", key):
-            windows = texts.sample_windows(sources, tokenizer, settings.sequences, length, settings.seed)
+            windows = texts.sample_windows(sources, tokenizer, settings.sequences, length, settings.seed, drawn)
             _check_windows(windows, model)
             store.save("windows", key, {"ids": windows})
 
