@@ -27,7 +27,7 @@ torch.set_num_threads(1)
 folder = Path(sys.argv[1])
 windows = load_file(folder / "windows.safetensors")["ids"]
 for run in json.loads((folder / "runs.json").read_text()):
-    made = spectrim.compress(run.pop("model"), run.pop("recipe"), text=windows, **run)
+    made = spectrim.compress(run.pop("model"), run.pop("recipe"), text=run.pop("text", windows), **run)
     assert made.directory is not None and (made.directory / "spectrim.json").exists()
 """
 

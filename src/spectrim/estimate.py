@@ -24,6 +24,7 @@ from spectrim.pipeline import compute_dtype
 from spectrim.recipe import Recipe
 from spectrim.settling import of_a_process, settled
 from spectrim.starting import DEFAULT_LENGTH
+from spectrim.strength import TRIALS
 from spectrim.timing import predicted
 from spectrim.towards import TRIED
 
@@ -203,6 +204,7 @@ def work_bytes(setting: needs.Setting, later: bool) -> int:
 
     later: some group is allocated after its candidates are made. A second pass makes candidates again, and one towards
     the dense model keeps the matrices that it decomposes in the place of the weights; so does each share that is tried.
+    Each strength of shrinking that is tried makes them again.
     """
     jobs, asked = setting.jobs, setting.recipe.calibrate
     second = asked.sequential and (TRIED if asked.target == "mix" and asked.mix == "auto" else 1)
@@ -210,6 +212,7 @@ def work_bytes(setting: needs.Setting, later: bool) -> int:
     instead = second * 4 * sum(part.parameters for part in setting.parts()) if asked.paired else 0
     candidates = sum(needs.stored_bytes(job, target) for job in jobs for target in job.targets)
     trained = sum(needs.trained_bytes(job, target) for job in jobs for target in job.targets if job.allocator.learns)
+    passes += TRIALS if asked.shrink == "auto" else 0
     return passes * (candidates + sum(needs.kept_statistics(jobs).values())) + instead + trained
 
 

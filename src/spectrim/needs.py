@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from spectrim.calibrate.sampling import together
 from spectrim.core import budget
 from spectrim.core.plan import Part, Target
 from spectrim.jobs import Job
@@ -124,7 +125,7 @@ def _statistic_bytes(statistic: Any, part: Part) -> int:
 
 @dataclass(frozen=True)
 class Setting:
-    """What decides the memory of a run; stored: bytes of a number in the checkpoint."""
+    """What decides the memory of a run; stored: bytes of a number in the checkpoint; own: the model writes text."""
 
     model: PreTrainedModel
     structure: Structure
@@ -133,6 +134,7 @@ class Setting:
     sequences: int
     length: int
     stored: int
+    own: bool = False
 
     @property
     def size(self) -> int:
@@ -189,6 +191,8 @@ def moments(setting: Setting, hidden: int | None = None) -> dict[str, Causes]:
     imported is not counted.
     """
     found: dict[str, Causes] = {}
+    if setting.measured and setting.own:
+        found["text"] = _writing(setting)
     if setting.measured and setting.resident:
         found["calibrate: backwards"] = _backwards(setting)
     elif setting.measured:
@@ -359,6 +363,19 @@ def _backwards(setting: Setting) -> Causes:
         "model": sum(p.numel() for p in setting.model.parameters()) * setting.size,
         "statistics": sum(kept.values()),
         "activations": setting.length * setting.size * (sides + 3 * setting.embedding.shape[0]),
+    }
+
+
+def _writing(setting: Setting) -> Causes:
+    """The model, keys and values of a batch, and of its tokens' predictions the logits and two arrays in float64."""
+    batch = together(setting.model.config, setting.recipe.calibrate.batch, setting.length, setting.size)
+    rows = min(batch, setting.sequences)
+    kept = ("k", "v", "qkv", "attention")
+    sides = sum(p.out_features for t in setting.structure.targets for p in t.parts if t.role in kept)
+    return {
+        "model": sum(p.numel() for p in setting.model.parameters()) * setting.size,
+        "cache": 2 * sides * rows * setting.length * setting.size,  # joined anew at each token
+        "activations": rows * setting.embedding.shape[0] * (setting.size + 16),
     }
 
 

@@ -19,7 +19,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spectrim import finished, needs, searching, sizes
+from spectrim import finished, needs, owntext, searching, sizes
 from spectrim import recipe as recipes
 from spectrim.core import distributed, heap, lock
 from spectrim.core.plan import Plan
@@ -78,16 +78,17 @@ def compress(
 ) -> Result:
     """Compress a model directory (or hub name) into `out`, or a live model in place.
 
-    ratio: fraction of the targets' parameters to remove; or else budget: bytes of the files written, parameters: of the
-    whole model, max_loss: nats a token over the dense model, all three at most (`sizes`, `searching`). measure: have
-    `run.json` say what is lost on windows of `accept`, or `select`. text: files or dataset names, `NAME=WEIGHT` for a
-    mixture (with `tokenizer` for a live model), or token windows; needed where the recipe measures anything. work:
-    where statistics and decompositions are kept for the next run (default `out`.work); without `out`, a live model's
-    are kept only if given. memory: what the run may hold beside its imports (`6GB`, `512MiB`, bytes): hidden states
-    that do not fit lie in files in the work directory, and a killed run goes on at its block. Several processes of
-    torchrun, given the same, share the work, and all return the result. Raises ValueError (and RecipeError, StoreError)
-    before anything heavy for bad input, a limit that is too low, or a disk that is too full; RecipeError for a size
-    that no ratio gives; distributed.Lost where another process failed.
+    ratio: fraction of the targets' parameters to remove; or else budget: bytes of the files written, parameters: of
+    the whole model, max_loss: nats a token over the dense model, all three at most (`sizes`, `searching`). measure:
+    have `run.json` say what is lost on windows of `accept`, or `select`. text: files or dataset names,
+    `NAME=WEIGHT` for a mixture (with `tokenizer` for a live model), `self` for what the model writes, or token
+    windows; needed where the recipe measures anything. work: where statistics and decompositions are kept for the
+    next run (default `out`.work); without `out`, a live model's are kept only if given. memory: what the run may
+    hold beside its imports (`6GB`, `512MiB`, bytes): hidden states that do not fit lie in files in the work
+    directory, and a killed run goes on at its block. Several processes of torchrun, given the same, share the work,
+    and all return the result. Raises ValueError (and RecipeError, StoreError) before anything heavy for bad input,
+    a limit that is too low, or a disk that is too full; RecipeError for a size that no ratio gives;
+    distributed.Lost where another process failed.
     """
     shortcuts = {"ratio": ratio, "sequences": sequences, "length": length, "seed": seed, "format": format}
     device = torch.device(device)
@@ -111,13 +112,16 @@ def compress(
             begun = start.begun(asked)
     with _store(work, out) as store:
         with distributed.alike():
+            shown = progress if distributed.first() else silent
             with timings.stage("text"):
+                own = owntext.own_text(source, asked.calibrate, text, device)
                 measured = max_loss is not None or (measure and text is not None)
-                windows = _windows(asked, begun.jobs, text, tokenizer, source.model, store, measured)
+                windows = _windows(asked, begun.jobs, text, tokenizer, source.model, store, measured, own, shown)
                 if max_loss is not None and windows is not None:
                     searching.refuse_few(windows, asked.calibrate)
-            shown = progress if distributed.first() else silent
-            run = Run(source, begun.setting.structure, asked, begun.jobs, windows, device, store, timings, shown, dtype)
+            known = None if own is None else own.fingerprint
+            structure = begun.setting.structure
+            run = Run(source, structure, asked, begun.jobs, windows, device, store, timings, shown, dtype, known)
             _check_same(run, out)
         made = distributed.agreed(lambda: finished.compressed(run, out, overwrite, wish))
         if made is not None:
@@ -130,7 +134,7 @@ def compress(
 
 def _tokenizer(source: Weights, text: Any, given: Any, trust_remote_code: bool) -> Any:
     """The one that was given, else that of a checkpoint where a text has to be read."""
-    if given is not None or not isinstance(source, Checkpoint) or text is None or isinstance(text, Tensor):
+    if given is not None or not isinstance(source, Checkpoint) or not owntext.needs_tokenizer(text):
         return given
     return read_tokenizer(source.directory, trust_remote_code)
 
@@ -216,7 +220,15 @@ def compute_dtype(device: str | torch.device) -> torch.dtype | None:
 
 
 def _windows(
-    asked: Recipe, jobs: Sequence[Job], text: Any, tokenizer: Any, model: PreTrainedModel, store: Store, lost: bool
+    asked: Recipe,
+    jobs: Sequence[Job],
+    text: Any,
+    tokenizer: Any,
+    model: PreTrainedModel,
+    store: Store,
+    lost: bool,
+    own: owntext.OwnText | None,
+    progress: Progress,
 ) -> Int[Tensor, "sequences length"] | None:
     """The calibration tokens, or None when nothing is measured. Raises ValueError when text is needed and missing."""
     wanted = {repr(n) for job in jobs for d in [*job.decomposers.values(), job.allocator] for n in d.needs}
@@ -236,18 +248,20 @@ def _windows(
         return text
     if text is None:
         raise ValueError(f"this recipe measures {', '.join(sorted(wanted))} on calibration text: give --text FILE")
-    if tokenizer is None:
+    if tokenizer is None and owntext.needs_tokenizer(text):
         raise ValueError("give the tokenizer too, or token windows as `text`")
     sources = [texts.parse_source(name) for name in ([text] if isinstance(text, str) else text)]
     settings = asked.calibrate
     key = {
-        "text": texts.fingerprint(sources), "tokenizer": _tokenizer_hash(tokenizer),
+        "text": texts.fingerprint(sources), "tokenizer": "" if tokenizer is None else _tokenizer_hash(tokenizer),
         "sequences": settings.sequences, "length": length, "seed": settings.seed,
+        **({} if own is None else own.key(length)),
     }  # fmt: skip
+    drawn = None if own is None else lambda count: own.draw(count, length, progress)
 
     def make() -> None:
         if not store.has("windows", key):
-            windows = texts.sample_windows(sources, tokenizer, settings.sequences, length, settings.seed)
+            windows = texts.sample_windows(sources, tokenizer, settings.sequences, length, settings.seed, drawn)
             _check_windows(windows, model)
             store.save("windows", key, {"ids": windows})
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from spectrim import strength
 from spectrim.calibrate.breadth import BreadthFirst
 from spectrim.core import distributed
 from spectrim.core import plan as plans
@@ -26,6 +27,7 @@ from spectrim.towards import pass_towards_dense
 
 def planned(run: Run, early: Sequence[Plan | None]) -> tuple[Plan, dict[str, Candidate]]:
     """The whole plan, and the candidates to cut to it; `early` are the plans made of shapes alone, by job."""
+    notes = strength.settle(run)
     ready = [plan for plan in early if plan is not None]
     sequential = run.asked.calibrate.sequential
     # statistics of gradients come from the first pass
@@ -43,7 +45,7 @@ def planned(run: Run, early: Sequence[Plan | None]) -> tuple[Plan, dict[str, Can
         plan = _settled(run, merged, candidates)
         if sequential:
             plan, candidates = _again(run, plan, candidates)
-    plan = replace(plan, notes=(*run.structure.notes, *plan.notes))
+    plan = replace(plan, notes=(*run.structure.notes, *notes, *plan.notes))
     if distributed.together():
         distributed.same({"the plan that they made of the same figures": hash_of(plan.to_json())})
     if distributed.first():

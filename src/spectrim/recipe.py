@@ -33,6 +33,12 @@ class Calibrate(_Strict):
     length: int | None = Field(None, gt=1, description="tokens a window; None: the model's maximum, at most 2048")
     seed: int = Field(0, ge=0, description="of the choice of windows")
     batch: int = Field(8, gt=0, description="windows run at once")
+    shrink: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = Field(
+        0.0, description="of Grams towards `shrink_to`, against what is only so in this text; auto: chosen on `select`"
+    )
+    shrink_to: Literal["identity", "diagonal"] = Field(
+        "identity", description="the identity times the mean of a Gram's diagonal, or that diagonal itself"
+    )
     sequential: bool = Field(False, description="decompose each block from inputs that the compressed ones before gave")
     target: Literal["own", "dense", "mix"] = Field(
         "own", description="in that pass, outputs aimed at: the matrix's own, the dense model's, or a mix of both"

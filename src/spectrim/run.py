@@ -16,6 +16,7 @@ from torch import Tensor
 
 from spectrim import driving
 from spectrim.calibrate.collect import BlockStatistics, Wanted
+from spectrim.calibrate.shrinking import Shrinking
 from spectrim.core import budget, distributed
 from spectrim.core import plan as plans
 from spectrim.core.plan import Candidate, Choice, Part, Plan, Target
@@ -74,6 +75,9 @@ class Run:
         self.timings, self.progress, self.dtype = timings, progress, dtype
         with timings.stage("fingerprint"):
             self.fingerprint = source.fingerprint() if fingerprint is None else fingerprint
+        # how statistics are handed to decomposers
+        shrink = asked.calibrate.shrink
+        self.shrinking = Shrinking(0.0 if shrink == "auto" else shrink, asked.calibrate.shrink_to)
         # hidden states: bytes of them in memory, the rest in files (None: all in memory)
         self.room: int | None = None
         # targets whose factors are not stored
@@ -105,6 +109,7 @@ class Run:
             measured["upstream"] = upstream
         if target.name in self.complete:
             measured["complete"] = "yes"
+        measured |= self.shrinking.key(decomposer.needs)
         return {
             "weights": self.fingerprint, "target": asdict(target), "method": named(decomposer),
             "format": self.formats[target.name], **measured,
@@ -240,7 +245,7 @@ class Run:
                 self.store.save("instead", self.key(target, upstream), instead)
             weights = {module: w.to(self.device) for module, w in self.weights(target, upstream).items()}
             stats = measured.of(target)
-            candidate = decomposer.decompose(target, weights, stats)
+            candidate = decomposer.decompose(target, weights, self.shrinking.of(stats))
             for (place, statistic), part in self._keeps(target).items():
                 key = self.statistic_key(place, statistic, upstream)
                 if (kept is None or (place, statistic) in kept) and not self.store.has("statistics", key):
@@ -274,13 +279,16 @@ class Run:
         return {s: self.store.load("statistics", self.statistic_key(part.module, s))["value"] for s in of}
 
     def _measured(self, target: Target, of: Sequence[Any], upstream: str | None) -> dict[str, dict[Any, Tensor]]:
-        """Stored statistics of a target, by module."""
-        return {
-            part.module: {
-                s: self.store.load("statistics", self.statistic_key(_place(part, s), s, upstream))["value"] for s in of
+        """Stored statistics of a target, by module, as decomposers are given them."""
+        return self.shrinking.of(
+            {
+                part.module: {
+                    s: self.store.load("statistics", self.statistic_key(_place(part, s), s, upstream))["value"]
+                    for s in of
+                }
+                for part in target.parts
             }
-            for part in target.parts
-        }
+        )
 
     def weights(self, target: Target, upstream: str | None = None) -> dict[str, Tensor]:
         """The dense matrices of a target, out × in, by module, or those decomposed in their place."""

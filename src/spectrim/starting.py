@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from spectrim import lean, needs
+from spectrim import lean, needs, owntext
 from spectrim.core import distributed
 from spectrim.core.plan import Plan
+from spectrim.data import text as texts
 from spectrim.jobs import Job, allocate_early, plan_jobs
 from spectrim.measure.evaluate import max_positions
 from spectrim.model import targets
@@ -20,6 +21,7 @@ from spectrim.recipe import Recipe
 from spectrim.run import Run
 from spectrim.searching import Started
 from spectrim.settling import settled
+from spectrim.strength import TRIALS
 
 DEFAULT_LENGTH = 2048
 
@@ -74,7 +76,8 @@ def _setting(
     if isinstance(text, Tensor) and text.ndim == 2:
         sequences, length = text.shape
     stored = source.stored_dtype if isinstance(source, Checkpoint) else source.model.dtype
-    return needs.Setting(source.model, structure, asked, jobs, sequences, length, stored.itemsize)
+    own = texts.SELF in owntext.sources(text)
+    return needs.Setting(source.model, structure, asked, jobs, sequences, length, stored.itemsize, own)
 
 
 def _lean(run: Run, setting: needs.Setting, early: Sequence[Plan | None], out: str | Path | None) -> frozenset[str]:
@@ -83,7 +86,7 @@ def _lean(run: Run, setting: needs.Setting, early: Sequence[Plan | None], out: s
     only_second = sequential and all(plan is not None for plan in early)
     # what a second pass has made already is known by the keys of the blocks before it, once it runs
     pending = [] if only_second and (directory / "candidate").exists() else run.pending()
-    passes = 2 if sequential and not only_second else 1
+    passes = (2 if sequential and not only_second else 1) + (TRIALS if run.asked.calibrate.shrink == "auto" else 0)
     return lean.chosen(run.jobs, pending, _beside(run, setting, out), directory, passes)
 
 

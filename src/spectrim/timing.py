@@ -23,6 +23,7 @@ from spectrim.model.blocks import Batch
 from spectrim.model.checkpoint import Checkpoint
 from spectrim.needs import Setting
 from spectrim.run import NOTHING, Run, Timings, named, work
+from spectrim.strength import TRIALS
 
 BATCHES = 3  # the first warms up, and is not counted
 PROBE = 2**25  # bytes that are hashed and written to find how fast that is
@@ -141,12 +142,13 @@ def _extrapolated(
     count, sequential, later = setting.structure.count, setting.recipe.calibrate.sequential, plan is None
     batches = -(-setting.sequences // min(setting.recipe.calibrate.batch, setting.sequences))
     second = (4 if setting.recipe.calibrate.paired else 2) if sequential else 0
-    first = 1 if later or not sequential else 0
+    trials = TRIALS if setting.recipe.calibrate.shrink == "auto" else 0
+    first = (1 if later or not sequential else 0) + trials
     last = max((t.blocks[-1] for t in run.targets), default=count - 1) + 1
     if any(job.allocator.needs for job in run.jobs):
         last = count
     calibrate = last * ((first + sequential) * taken.reading + (first + second) * batches * taken.batch)
-    passes = 1 + (sequential and later)
+    passes = 1 + (sequential and later) + trials
     stored = sum(p.numel() for p in run.source.model.parameters()) * setting.stored
     kept = sum(job.budget for job in run.jobs) - sum(t.parameters for t in run.targets)
     trained = any(job.allocator.sees == "model" for job in run.jobs)

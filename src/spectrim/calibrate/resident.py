@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spectrim.calibrate.collect import BlockStatistics, Collector, Wanted, portion, without_dropout
+from spectrim.calibrate.sampling import picked
 from spectrim.calibrate.statistics import Labels
 from spectrim.core.progress import Progress, silent
 from spectrim.model.blocks import Batch
@@ -173,10 +174,4 @@ def sampled(logits: Float[Tensor, "tokens vocabulary"], ids: Int[Tensor, "tokens
     digest = hashlib.sha256(ids.cpu().to(torch.int64).numpy().tobytes()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     draws = torch.rand(len(ids), generator=generator, dtype=torch.float64).to(logits.device)
-    found = []
-    for rows, draw in zip(logits.split(64), draws.split(64), strict=True):  # a float64 vocabulary a token is large
-        shares = rows.double().softmax(-1).cumsum(-1)
-        whole = shares[:, -1]
-        labels = torch.searchsorted(shares, (draw * whole)[:, None], right=True)[:, 0]
-        found.append(torch.where(whole.isfinite(), labels.clamp_max(logits.shape[-1] - 1), 0))
-    return torch.cat(found)
+    return picked(logits, draws)[0]

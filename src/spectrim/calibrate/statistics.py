@@ -10,9 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from spectrim.core.linalg import shrunk
+
 State = dict[str, Tensor]
 Where = Literal["input", "block", "sublayer", "gradient"]
 Labels = Literal["text", "sampled"]
+Towards = Literal["diagonal", "identity"]
 
 
 @dataclass(frozen=True)
@@ -22,13 +25,14 @@ class Statistic:
     by_sequence: `update` gets one calibration sequence at a time, in their order, not whatever ran at once.
     Of a gradient, which is one sequence's: `of` what, its weight (out × in) or its output (out × tokens), and of which
     loss by its `labels`. text: the token-mean cross-entropy of the text's own next tokens. sampled: the token-sum of
-    that of labels drawn from the model's own predictions, at every token.
+    that of labels drawn from the model's own predictions, at every token. shrinks: whether `shrunk` changes it.
     """
 
     where: ClassVar[Where]
     by_sequence: ClassVar[bool] = False
     of: ClassVar[Literal["weight", "output"]] = "weight"
     labels: ClassVar[Labels] = "text"
+    shrinks: ClassVar[bool] = False
 
     @property
     def one_of(self) -> int:
@@ -62,12 +66,21 @@ class Statistic:
         (value,) = state.values()
         return value
 
+    def shrunk(self, value: Tensor, share: float, to: Towards) -> Tensor:
+        """A result pulled by a share, from 0 to 1, towards its diagonal, or the identity times its mean."""
+        raise TypeError(f"{type(self).__name__} does not say how it shrinks")
+
 
 @dataclass(frozen=True)
 class Gram(Statistic):
     """G = Σ x xᵀ over tokens, in × in, float64: products too, for float32 ones lose directions beside outliers."""
 
     where = "input"
+    shrinks = True
+
+    def shrunk(self, value: Float[Tensor, "in in"], share: float, to: Towards) -> Float[Tensor, "in in"]:
+        """(1 − share) · G + share · T, of the same trace."""
+        return shrunk(value, share, to)
 
     def start(self, width: int, device: torch.device) -> State:
         """A zero matrix."""

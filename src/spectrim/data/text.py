@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -23,6 +23,8 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
+# The text that the model writes itself.
+SELF = "self"
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 BUNDLED = {"reference": "reference_calibration.jsonl", "reference-evaluation": "reference_evaluation.jsonl"}
 _SPLITS = ("train", "validation", "test")
@@ -38,7 +40,7 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Source:
-    """A text by file or name, and its share among several. ValueError if the name is empty or the weight not > 0."""
+    """A text by file or name (`self` too) and its share among several. ValueError for no name or a weight not > 0."""
 
     name: str
     weight: float = 1.0
@@ -125,12 +127,19 @@ def fixed_windows(stream: Int[Tensor, "n"], window: int, limit: int | None = Non
 
 
 def sample_windows(
-    sources: Sequence[Source], tokenizer: Tokenizer, sequences: int, length: int, seed: int
+    sources: Sequence[Source],
+    tokenizer: Tokenizer | None,
+    sequences: int,
+    length: int,
+    seed: int,
+    own: Callable[[int], Int[Tensor, "_ length"]] | None = None,
 ) -> Int[Tensor, "sequences length"]:
     """`sequences` windows of `length` tokens, drawn without replacement from the fixed windows of the sources' streams.
 
     The sources share the sequences by weight (largest remainder, ties to the earlier) and come mixed. One generator,
-    seeded with `seed`, draws everything. Raises ValueError if a source has too few tokens or is named twice.
+    seeded with `seed`, draws everything but what `own` gives, windows of the source `self` by their number. tokenizer:
+    of all other sources. Raises ValueError if a source has too few tokens or is named twice, for `self` without `own`
+    and for others without a tokenizer.
     """
     if sequences < 1 or length < 1:
         raise ValueError(f"sequences ({sequences}) and length ({length}) must be at least 1")
@@ -143,7 +152,13 @@ def sample_windows(
         if count == 0:
             logger.warning("%s gets none of the %d sequences: its weight is too small", source.name, sequences)
             continue
-        stream = token_stream(read_documents(source.name), tokenizer)
+        if source.name == SELF and own is not None:
+            drawn.append(own(count))
+            continue
+        documents = read_documents(source.name)
+        if tokenizer is None:
+            raise ValueError(f"{source.name}: a text is read with the model's tokenizer: give that too")
+        stream = token_stream(documents, tokenizer)
         available = stream.numel() // length
         if available < count:
             raise ValueError(
@@ -157,11 +172,12 @@ def sample_windows(
 def fingerprint(sources: Sequence[Source]) -> str:
     """A sha256 over what the sources hold and weigh, in order: the part of a store key that stands for the text.
 
-    Of a file (a bundled text too) the bytes count, not the name; of a dataset only the name is known.
+    Of a file (a bundled text too) the bytes count, not the name; of a dataset only the name is known, and of the text
+    that a model writes itself nothing.
     """
     digest = hashlib.sha256()
     for source in sources:
-        path = _locate(source.name)
+        path = None if source.name == SELF else _locate(source.name)
         if path is None:
             kind, content = "dataset", hashlib.sha256(source.name.encode()).hexdigest()
         else:
@@ -187,6 +203,11 @@ def _shares(sources: Sequence[Source], sequences: int) -> list[int]:
 
 def _locate(name: str) -> Path | None:
     """The file a name stands for, or None where it can only be a dataset's name. ValueError if it can be neither."""
+    if name == SELF:
+        raise ValueError(
+            f"{SELF!r} is text that a model writes itself, which only its compression is calibrated on; a file of that "
+            f"name is ./{SELF}"
+        )
     if name in BUNDLED:
         path = Path(str(resources.files("spectrim") / "assets" / BUNDLED[name]))
         if not path.is_file():

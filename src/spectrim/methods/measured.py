@@ -12,7 +12,7 @@ exactly (`spend.knapsack`), and spends what is left step by step. Where the plan
 the shape of the curve alone. So in each of `rounds` further rounds every matrix whose planned rank is predicted to lose
 `APART` times more or less than any measured one is measured there too, and the plan is made again: log s_k is linear in
 log D_k between measured ranks, constant beyond them, and no lower rank loses less. Of all these plans the one of least
-measured KL of the whole model is taken. `exchange`: so many turns of `methods/exchange.py` from there. r⁰_k is by
+measured KL of the whole model is taken. `exchange`: so many turns of `core/exchange.py` from there. r⁰_k is by
 `point`:
 
 - target: the rank of k at the ratio of the whole, where the curve is used. Our own decision;
@@ -47,11 +47,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spectrim.core.budget import rank_cost, rank_plan, rank_within
+from spectrim.core.exchange import Exchange
 from spectrim.core.meter import measures
 from spectrim.core.plan import Choice, Plan, Target
 from spectrim.core.registry import Allocator, Decomposer, Problem, Sees, allocator, recalled
 from spectrim.core.spend import Ladder, cut, hull, knapsack, single
-from spectrim.methods.exchange import Exchange
 
 logger = logging.getLogger(__name__)
 

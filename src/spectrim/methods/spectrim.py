@@ -16,7 +16,6 @@ by Cholesky. Our own decisions: sampled labels, no inverse of G, the damping's f
 - damping: B ← B + damping · mean(eigenvalues of B) · I. A second-order model holds near the dense point; the more is
   removed, the less one should trust small eigenvalues of B.
 - every: B is that of one of so many calibration windows, for it costs as much as all else; G is of all of them.
-- shrink: of G towards its diagonal or the mean of it, so that what the calibration text lacks is not free.
 - sided: "input" takes B = I, for models too large for a backward pass. It streams, its scores are then those of
   whitened SVD, and no currency between matrices. "auto" is "both" where the backward pass fits into memory; a run
   decides that before it begins (`settled`), and its results are known by what was decided.
@@ -37,7 +36,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spectrim.calibrate.statistics import Gram, OutputFisher, Statistic, Tokens
-from spectrim.core.linalg import damped, directions, shrunk, two_sided
+from spectrim.core.linalg import damped, directions, two_sided
 from spectrim.core.plan import Candidate, Target, Units
 from spectrim.core.registry import Decomposer, Statistics, decomposer
 
@@ -51,8 +50,6 @@ class TwoSidedSVD(Decomposer):
 
     damping: float = 0.3
     every: int = 4
-    shrink: float = 0.0
-    shrink_to: Literal["diagonal", "identity"] = "diagonal"
     sided: Literal["auto", "both", "input"] = "auto"
 
     def __post_init__(self) -> None:
@@ -62,8 +59,6 @@ class TwoSidedSVD(Decomposer):
             )
         if self.every < 1:
             raise ValueError(f"every is {self.every}: B is of one of so many windows, 1 or more; 4 is the default")
-        if not 0 <= self.shrink <= 1:
-            raise ValueError(f"shrink is {self.shrink}: it must be from 0, the Gram itself, to 1, all of shrink_to")
 
     @property
     def needs(self) -> tuple[Statistic, ...]:
@@ -85,13 +80,13 @@ class TwoSidedSVD(Decomposer):
         """
         (part,) = target.parts
         weight, found = weights[part.module], stats[part.module]
-        gram = shrunk(found[Gram()], self.shrink, self.shrink_to) if self.shrink else found[Gram()]
+        gram = found[Gram()]
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         errors = None
         if self.sided == "input":
             left, energies = directions(weight, gram)
             tensors = {"left": left.to(dtype)}
-            errors = energies if self.shrink == 0 else None
+            errors = energies
             logger.info("%s: one-sided, its outputs all count alike (sided: input)", target.name)
         else:
             left, right, energies = self._both(target, weight, gram, found)

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from spectrim.core import budget
+from spectrim.core.exchange import LEAST, NUDGE, Exchange
 from spectrim.core.meter import Meter
 from spectrim.core.plan import Choice, Plan
 from spectrim.core.registry import Problem
-from spectrim.methods.exchange import LEAST, NUDGE, Exchange
 from spectrim.methods.measured import MeasuredCurve, _Rounds
 from tests.methods.stopping import Remembered
 from tests.methods.test_measured import IDS, Trial
