@@ -48,7 +48,7 @@ class GatedLinear(nn.Module):
         self.left, self.right = left.detach(), right.to(like).detach()
         bias = dense.bias
         self.bias = bias.detach() if isinstance(bias, Tensor) else None
-        self.entries = tensors["entries"].long() if "entries" in tensors else None
+        self.entries = tensors["entries"].long().to(like.device) if "entries" in tensors else None
         self.values = tensors["values"].to(like) if "values" in tensors else None
         self.gate: Float[Tensor, "units"] | None = None
         self.offset: Float[Tensor, "out"] | None = None
