@@ -1,8 +1,7 @@
 """What `spectrim plan --time` predicts against what runs then take: memory, disk, and time, on generated Llamas.
 
-Each model has a process of its own, which plans, then runs with the same settings, and watches the work directory while
-it does. Figures are measured over predicted; of memory what the run holds beyond its imports,
-which a run on a tiny model makes before.
+Plan and run are processes of their own with the same settings; the one that runs watches the work directory. Figures
+are measured over predicted; of memory what the run holds beyond its imports, which a run on a tiny model makes before.
 """
 
 from __future__ import annotations
@@ -12,6 +11,8 @@ import json
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from benchmarks.common import Bound, Case
 
 RATIO = 0.2
 THREADS = 1
-TOKENS = (16, 256)
+TOKENS, BATCH = (16, 256), 4
 TINY = {
     **memory.NARROW, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4,
     "num_key_value_heads": 4, "vocab_size": 256,
@@ -40,17 +41,34 @@ BOUNDS = {
 }
 
 
-class Watch(threading.Thread):
-    """The largest size that a directory had, asked for every hundredth of a second."""
+@dataclass(frozen=True)
+class Asked:
+    """A run: recipe, limit on memory, sequences × length, windows of a batch, seconds between two looks at the disk."""
 
-    def __init__(self, directories: list[Path]):
+    recipe: str
+    limit: str | None = None
+    tokens: tuple[int, int] = TOKENS
+    batch: int = BATCH
+    look: float = 0.01
+
+    def arguments(self) -> list[str]:
+        """As the child takes them."""
+        limit = [] if self.limit is None else ["--limit", self.limit]
+        sizes = ["--tokens", *map(str, self.tokens), "--batch", str(self.batch), "--look", str(self.look)]
+        return ["--recipe", self.recipe, *limit, *sizes]
+
+
+class Watch(threading.Thread):
+    """The largest size that a directory had, asked for again and again."""
+
+    def __init__(self, directory: Path, look: float):
         super().__init__(daemon=True)
-        self.directories, self.largest, self.over = directories, 0, threading.Event()
+        self.directory, self.look, self.largest, self.over = directory, look, 0, threading.Event()
 
     def run(self) -> None:
         """Look until told that it is over."""
-        while not self.over.wait(0.01):
-            self.largest = max(self.largest, sum(map(_size, self.directories)))
+        while not self.over.wait(self.look):
+            self.largest = max(self.largest, _size(self.directory))
 
 
 def _size(directory: Path) -> int:
@@ -63,8 +81,8 @@ def _size(directory: Path) -> int:
     return found
 
 
-def child(model: Path, recipe: str, limit: str | None, threads: int, report: Path) -> None:
-    """Plan and run in this process; writes what was predicted and what was measured."""
+def child(model: Path, of: Asked, plan: bool, report: Path) -> None:
+    """Plan or run in this process; writes what was predicted, or what was measured."""
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401  would else be imported by the run
 
@@ -73,54 +91,52 @@ def child(model: Path, recipe: str, limit: str | None, threads: int, report: Pat
     from spectrim import recipe as recipes
     from spectrim.estimate import estimate
 
-    torch.set_num_threads(threads)
-    asked = recipes.build(recipe, {"ratio": RATIO, "sequences": TOKENS[0], "length": TOKENS[1]}, ["calibrate.batch=4"])
-    ids = torch.randint(100, TOKENS, generator=torch.Generator().manual_seed(0))
-    # in another process: its peak must not be this one's
-    planned = json.loads((report.parent / "plan.json").read_text(encoding="utf-8"))
-    if not planned:
-        found = estimate(model, asked, memory=limit, time=True).to_json()
-        common.write(report.parent / "plan.json", found)
+    torch.set_num_threads(THREADS)
+    imports = common.peak_bytes()
+    sizes = {"ratio": RATIO, "sequences": of.tokens[0], "length": of.tokens[1]}
+    asked = recipes.build(of.recipe, sizes, [f"calibrate.batch={of.batch}"])
+    if plan:
+        common.write(report, estimate(model, asked, memory=of.limit, time=True).to_json())
         return
+    ids = torch.randint(100, of.tokens, generator=torch.Generator().manual_seed(0))
     # what a first run imports, too
-    first = model.parent / "first"
-    pipeline.compress(first, recipe, RATIO, ids[:2, :8] % 256, out=model.parent / "first-compressed")
-    before, work, out = common.peak_bytes(), model.parent / "work", model.parent / "compressed"
-    watch = Watch([work])
+    pipeline.compress(model.parent / "first", of.recipe, RATIO, ids[:2, :8], out=report.parent / "first-compressed")
+    before, work, out = common.peak_bytes(), report.parent / "work", report.parent / "compressed"
+    watch = Watch(work, of.look)
     watch.start()
     start = time.perf_counter()
-    made = pipeline.compress(model, asked, text=ids, out=out, work=work, memory=limit)
+    made = pipeline.compress(model, asked, text=ids, out=out, work=work, memory=of.limit)
     seconds = time.perf_counter() - start
     watch.over.set()
     watch.join()
-    content = {"memory": common.peak_bytes() - before, "disk": watch.largest, "seconds": seconds, "imports": before}
-    common.write(report, {**content, "output": _size(out), "timings": made.run["timings"]})
+    content = {"memory": common.peak_bytes() - before, "disk": watch.largest, "seconds": seconds, "before": before}
+    until = {stage: peak - imports for stage, peak in made.run["peak_rss_bytes_until"].items()}
+    over = {"peak_over_imports": common.peak_bytes() - imports, "peak_over_imports_until": until}
+    common.write(report, {**content, **over, "output": _size(out), "timings": made.run["timings"]})
 
 
-def cases(shape: dict[str, Any], name: str, recipe: str, limit: str | None) -> list[Case]:
-    """Measured over predicted of one run: memory, disk and time."""
+def compared(model: Path, of: Asked) -> dict[str, dict[str, Any]]:
+    """What was predicted of a run, and what it took. `first`, a tiny model, lies beside the model."""
+    found = {}
     with tempfile.TemporaryDirectory(prefix="spectrim-benchmark-") as folder:
-        (model := Path(folder) / "dense").mkdir()
-        (first := Path(folder) / "first").mkdir()
-        memory.generate(model, shape)
-        memory.generate(first, TINY)
-        report = Path(folder) / "report.json"
-        common.write(Path(folder) / "plan.json", {})
-        arguments = ["--model", str(model), "--recipe", recipe, *(["--limit", limit] if limit else [])]
-        for _ in ("plan", "run"):
-            common.run_module("predict", str(report), *arguments, threads=THREADS)
-        planned = json.loads((Path(folder) / "plan.json").read_text(encoding="utf-8"))
-        measured = json.loads(report.read_text(encoding="utf-8"))
-    stages = planned["stages"]
+        for name, more in (("predicted", ["--plan"]), ("measured", [])):
+            report = Path(folder) / f"{name}.json"
+            common.run_module("predict", str(report), "--model", str(model), *of.arguments(), *more, threads=THREADS)
+            found[name] = json.loads(report.read_text(encoding="utf-8"))
+    return found
+
+
+def cases_of(title: str, predicted: dict[str, Any], measured: dict[str, Any]) -> list[Case]:
+    """Measured over predicted: memory, disk and time."""
+    stages = predicted["stages"]
     guessed = {
         "memory": max(sum(stage["memory_bytes"].values()) for stage in stages.values()),
-        "disk": stages["decompose"]["disk_bytes"] - planned["disk_bytes"].get("windows", 0),
-        "time": sum(planned["seconds"].values()),
+        # given token windows are not stored
+        "disk": stages["decompose"]["disk_bytes"] - predicted["disk_bytes"].get("windows", 0),
+        "time": sum(predicted["seconds"].values()),
     }
-    # given token windows are not stored; a run without statistics has none anyway
     found = {"memory": measured["memory"], "disk": measured["disk"], "time": measured["seconds"]}
-    details = {"predicted": {**planned, "targets": None}, "measured": measured}
-    title = f"{name}, {recipe}" + (f", --memory {limit}" if limit else "")
+    details = {"predicted": {**predicted, "targets": None}, "measured": measured}
     return [
         Case(f"{title}: {what}, {bound.side}", (found[what] / guessed[what],), THREADS, "ratio", bound, details)
         for what, bounds in BOUNDS.items()
@@ -128,14 +144,32 @@ def cases(shape: dict[str, Any], name: str, recipe: str, limit: str | None) -> l
     ]
 
 
+def generated(folder: Path, shape: dict[str, Any]) -> tuple[Path, int]:
+    """A model and, beside it, the tiny one; its directory and how many parameters it has."""
+    (model := folder / "dense").mkdir()
+    (first := folder / "first").mkdir()
+    memory.generate(first, TINY)
+    return model, memory.generate(model, shape)
+
+
+def cases(shape: dict[str, Any], name: str, runs: Sequence[Asked]) -> list[Case]:
+    """Runs on one model."""
+    made = []
+    with tempfile.TemporaryDirectory(prefix="spectrim-benchmark-") as folder:
+        model, _ = generated(Path(folder), shape)
+        for of in runs:
+            title = f"{name}, {of.recipe}" + (f", --memory {of.limit}" if of.limit else "")
+            made += cases_of(title, **compared(model, of))
+    return made
+
+
 def measure() -> dict[str, object]:
     """Two sizes and two recipes; one of them with a limit on memory."""
     made = []
-    for name, shape in SHAPES.items():
-        for recipe in RECIPES:
-            made += cases(shape, name, recipe, None)
-    made += cases(SHAPES["hidden 512, 4 blocks"], "hidden 512, 4 blocks", "whitened", "96MB")
-    settings = {"ratio": RATIO, "windows": list(TOKENS), "batch": 4, "stored": "bfloat16"}
+    for number, (name, shape) in enumerate(SHAPES.items()):
+        runs = [Asked(recipe) for recipe in RECIPES]
+        made += cases(shape, name, runs if number else [*runs, Asked("whitened", "96MB")])
+    settings = {"ratio": RATIO, "windows": list(TOKENS), "batch": BATCH, "stored": "bfloat16"}
     return common.result("predict", made, settings)
 
 
@@ -145,12 +179,17 @@ def main() -> None:
     parser.add_argument("report", type=Path)
     parser.add_argument("--model", type=Path, help="a checkpoint: only plan or run it in this process")
     parser.add_argument("--recipe", default="whitened")
+    parser.add_argument("--plan", action="store_true", help="only plan it")
     parser.add_argument("--limit")
+    parser.add_argument("--tokens", type=int, nargs=2, default=TOKENS)
+    parser.add_argument("--batch", type=int, default=BATCH)
+    parser.add_argument("--look", type=float, default=Asked.look)
     asked = parser.parse_args()
     if asked.model is None:
         common.write(asked.report, measure())
     else:
-        child(asked.model, asked.recipe, asked.limit, THREADS, asked.report)
+        of = Asked(asked.recipe, asked.limit, tuple(asked.tokens), asked.batch, asked.look)
+        child(asked.model, of, asked.plan, asked.report)
 
 
 if __name__ == "__main__":

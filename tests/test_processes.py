@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -211,6 +212,57 @@ def test_two_processes_go_on_from_what_one_began(model: Path, folder: Path, monk
     alone(a_run(model, folder, "lorap", side="one"))
     same_output(folder / "one-lorap", folder / "two-lorap", 1e-5)
     assert kept.items() <= tree_hash(folder / "two-lorap.work" / "candidate").items()
+
+
+KILLED = """
+import os, signal, sys
+from spectrim.core import distributed
+from spectrim.model.checkpoint import Checkpoint
+from spectrim.run import Run
+
+folder, how = sys.argv.pop(1), sys.argv.pop(1)
+original, load = Run.decompose, Checkpoint.load
+
+def killed(self, target, *rest):
+    if how == "kill" and distributed.rank() == 1 and target.blocks == (2,):
+        os.kill(os.getpid(), signal.SIGKILL)
+    original(self, target, *rest)
+
+def noted(self, prefix, device):
+    with open(f"{folder}/{how}-{distributed.rank()}", "a") as file:
+        file.write(f"{prefix}\\n")
+    load(self, prefix, device)
+
+Run.decompose, Checkpoint.load = killed, noted
+from spectrim.cli import app
+app()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_with_a_limit_go_on_at_their_block(folder: Path, text_file: Path) -> None:
+    """One is killed in the third block of four: the next two begin with that block, and come to the same bytes."""
+    model = save_model(FAMILIES["llama"].make(num_hidden_layers=4), folder / "dense")
+    (folder / "killed.py").write_text(KILLED, encoding="utf-8")
+
+    def ran(how: str, out: str) -> list[tuple[int, str, str]]:
+        arguments = command(model, folder, out, text_file)[2:]
+        return ended(started([str(folder / "killed.py"), str(folder), how, *arguments, "--memory", "40MB"]))
+
+    one, two = ran("kill", "out")
+    assert two[0] == -signal.SIGKILL and one[0] == 1 and "error in process 0 of 2: another process" in one[2]
+    work = folder / "out.work"
+    assert list((work / "states").iterdir()) and not (folder / "out").exists()
+    kept = tree_hash(work / "candidate")
+    assert len(kept) >= 2 * 7
+    assert [code for code, _, _ in ran("again", "out")] == [0, 0]
+    assert [code for code, _, _ in ran("whole", "whole")] == [0, 0]
+    for rank in (0, 1):
+        assert (folder / f"again-{rank}").read_text(encoding="utf-8").split() == ["model.layers.2", "model.layers.3"]
+        assert len((folder / f"whole-{rank}").read_text(encoding="utf-8").split()) == 4
+    assert tree_hash(folder / "out", "run.json") == tree_hash(folder / "whole", "run.json")
+    assert tree_hash(work) == tree_hash(folder / "whole.work"), "no states are left"
+    assert kept.items() <= tree_hash(work / "candidate").items()
 
 
 @pytest.mark.slow

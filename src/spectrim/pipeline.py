@@ -102,6 +102,7 @@ def compress(
         limit = None if memory is None else needs.parse_size(memory)
         with timings.stage("read"):
             source = _source(model, out, device, overwrite, trust_remote_code, asked, wish)
+            device = source.model.device if isinstance(source, LiveModel) else device
             text = "reference" if text is None and model == "reference" else text
             tokenizer = _tokenizer(source, text, tokenizer, trust_remote_code)
         with timings.stage("targets"):
@@ -164,7 +165,10 @@ def _source(
     if isinstance(model, PreTrainedModel):
         if out is not None:
             raise ValueError("a live model is compressed in place: save it with spectrim.save(model, directory)")
-        return LiveModel(model)
+        source = LiveModel(model)
+        if model.device.type != torch.device(device).type:
+            raise ValueError(f"the model is on {model.device}, the run on {device}: give device={str(model.device)!r}")
+        return source
     if out is None:
         raise ValueError("give `out`, the directory to write the compressed model into")
     finished.refuse_filled(Path(out), overwrite, finished.of_recipe(asked, wish))

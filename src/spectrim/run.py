@@ -17,7 +17,7 @@ from torch import Tensor
 from spectrim import driving
 from spectrim.calibrate.collect import BlockStatistics, Wanted
 from spectrim.calibrate.shrinking import Shrinking
-from spectrim.core import budget, distributed
+from spectrim.core import budget, distributed, heap
 from spectrim.core import plan as plans
 from spectrim.core.plan import Candidate, Choice, Part, Plan, Target
 from spectrim.core.progress import Progress
@@ -159,6 +159,7 @@ class Run:
                     self.progress("decompose", made, total)
                 del measured  # not beside those of the next block
             for _ in self.decompose_all([t for t in pending if not self.decomposers[t.name].needs], NOTHING):
+                heap.give_back()  # no block is loaded here, before which it is done elsewhere
                 made += 1
                 self.progress("decompose", made, total)
         distributed.barrier()  # what others have made is read from here on

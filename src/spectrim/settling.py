@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from spectrim import needs
-from spectrim.core import distributed, heap
+from spectrim.core import distributed, heap, launch
 from spectrim.jobs import Job
 
 logger = logging.getLogger(__name__)
@@ -17,11 +16,8 @@ logger = logging.getLogger(__name__)
 
 def of_a_process() -> int:
     """Bytes of memory that a process may take: the same in all, the least that a machine has for each of its own.
-
-    How many these are is what torchrun says (LOCAL_WORLD_SIZE).
     """
-    beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if distributed.together() else 1
-    return min(distributed.gathered(heap.of_machine() // beside))
+    return min(distributed.gathered(heap.of_machine() // launch.of_this_machine()))
 
 
 def settled(setting: needs.Setting, available: int) -> needs.Setting:

@@ -212,7 +212,7 @@ class _Run:
         self.others: dict[str, Path] = {}
         self.rows: list[Row] = []
         self.pad = self.trainable = 0
-        self.data = ""
+        self.data = self.tokens = ""
         self.history: list[dict[str, Any]] = []
         self.notes: list[str] = []
 
@@ -251,6 +251,7 @@ class _Run:
             raise ValueError(f"window {window} exceeds the model's maximum of {longest} positions")
         self.rows = instructions.rows(name, tokenizer, window, wanted.kind, wanted.long, wanted.field)
         self.pad, self.data = instructions.pad_of(tokenizer), instructions.fingerprint(name, wanted.field)
+        self.tokens = tuning.rows_hash(self.rows, self.pad)
 
     def answered(self, work: Path, overwrite: bool) -> Tuned | None:
         """What the output holds if it is the result of this very command; its checkpoints, if any are left, go.
@@ -326,7 +327,8 @@ class _Run:
         asked["train"] = {k: v for k, v in asked["train"].items() if k not in ("save_steps", "report_to")}
         return hash_of(
             {
-                "version": VERSION, "asked": asked, "data": self.data, "others": models, "device": self.device.type,
+                "version": VERSION, "asked": asked, "data": self.data, "rows": self.tokens, "others": models,
+                "device": self.device.type,
                 "model": file_hash([*weight_files(self.directory), self.directory / "config.json"]),
                 "versions": {name: version(name) for name in ("spectrim", "torch", "transformers")},
             }

@@ -11,7 +11,7 @@ TORCHRUN = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "here", "MASTER_PORT"
 
 @pytest.fixture(autouse=True)
 def nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in TORCHRUN:
+    for name in (*TORCHRUN, "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -35,4 +35,8 @@ def test_several_processes_know_their_number_and_are_refused_what_one_does(monke
     with pytest.raises(ValueError, match="compare runs in one process: start it without torchrun"):
         launch.alone("compare")
     monkeypatch.setenv("RANK", "0")
-    assert launch.first()
+    assert launch.first() and launch.of_this_machine() == 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert launch.of_this_machine() == 2
+    monkeypatch.delenv("MASTER_PORT")
+    assert launch.of_this_machine() == 1, "one that meets nobody shares its machine with none"

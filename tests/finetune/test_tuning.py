@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -268,6 +269,22 @@ def test_the_same_again_is_answered_by_what_is_there(
     (out / "mine.txt").write_text("not of that run")
     with pytest.raises(ValueError, match="is not empty"):
         spectrim.tune(small_dir, str(rows_file), out, **FEW)
+
+
+def test_a_training_on_other_tokens_is_another_one(
+    small_dir: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same weights and file, with a tokenizer that numbers the same letters in another way."""
+    copied = Path(shutil.copytree(small_dir, tmp_path / "copy"))
+    before = _keys(monkeypatch, copied, rows_file, tmp_path / "one")
+    file = copied / "tokenizer.json"
+    data = json.loads(file.read_text(encoding="utf-8"))
+    numbers = data["model"]["vocab"]
+    numbers["a"], numbers["b"] = numbers["b"], numbers["a"]
+    file.write_text(json.dumps(data), encoding="utf-8")
+    after = _keys(monkeypatch, copied, rows_file, tmp_path / "two")
+    assert len(before) == len(after) == 1 and before != after
+    assert _keys(monkeypatch, small_dir, rows_file, tmp_path / "three") == before, "wherever the model lies"
 
 
 def _keys(monkeypatch: pytest.MonkeyPatch, model: Path, rows: Path, out: Path) -> list[str]:

@@ -331,7 +331,11 @@ def test_hardened_gates_are_a_plan_of_the_best_scores() -> None:
         assert set(best.tolist()) == set(own.topk(len(best)).indices.tolist())
 
 
-def test_factors_that_do_not_fit_into_memory_are_refused() -> None:
+# four processes, three of them on this machine
+TOGETHER = {"WORLD_SIZE": "4", "RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1", "LOCAL_WORLD_SIZE": "3"}
+
+
+def test_factors_that_do_not_fit_into_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     found = targets.find(FAMILIES["llama"].make()).targets
     sizes = [(p.out_features, p.in_features) for target in found for p in target.parts]
     needed = 4 * sum((m + n) * min(m, n) for m, n in sizes)
@@ -340,6 +344,13 @@ def test_factors_that_do_not_fit_into_memory_are_refused() -> None:
     with pytest.raises(ValueError, match=r"whole model in memory.*use an allocator that does not train"):
         check_memory(found, needed - 1)
     check_memory(found, needed // 2, itemsize=2)
+    for name, value in TOGETHER.items():
+        monkeypatch.setenv(name, value)
+    check_memory(found, 3 * needed)
+    with pytest.raises(ValueError, match=r"GB for each of 3 processes, and .*fewer processes"):
+        check_memory(found, 3 * needed - 1)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    check_memory(found, needed)
     wide = Target("large", "up", (0,), (Part("large", 10**6, 10**6, "x"),))
     with pytest.raises(ValueError, match=r"factors alone 8000\.0 GB"):
         check_memory([wide])

@@ -131,6 +131,28 @@ def test_a_killed_training_goes_on_to_the_same_plan(mode: Any, after: int, monke
     assert slot.state is None, "what was under way is done"
 
 
+def test_a_training_is_under_way_until_its_result_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that dies before what it learned is stored has lost nothing: no update is made again."""
+    given, slot = shared(), Memory()
+
+    def dying(name: str, fields: Mapping[str, Any], make: Any) -> Mapping[str, Tensor]:
+        make()
+        raise Killed
+
+    more: dict[str, Any] = {"slot": lambda name, fields: slot}
+    whole = plan_of(given)
+    with pytest.raises(Killed):
+        plan_of(given, more={**more, "remember": dying})
+    assert slot.state is not None
+
+    def again(self: _Training, step: int) -> None:
+        raise AssertionError(f"update {step} is made again")
+
+    monkeypatch.setattr(_Training, "update", again)
+    assert same(plan_of(given, more=more), whole)
+    assert slot.state is None
+
+
 def test_a_training_is_remembered_by_its_budget() -> None:
     given, stored, made = shared(), {}, []
 

@@ -119,6 +119,8 @@ class Paired:
             heap.give_back()
             prefix = self.structure.block(index)
             self.weights.load(prefix, self.device)
+            if index < last:
+                self.weights.prefetch(self.structure.block(index + 1), self.device)
             block = _Block(self, index, prefix, dict(zip(self.own, (call[index] for call in calls), strict=True)))
             if self.residual and inside[index] and self.own:
                 block.residual = block.adds_up(needed=self.residual is True)

@@ -143,7 +143,8 @@ class Streams:
     def __exit__(self, *exception: object) -> None:
         self.held.clear()
         for stream, batch in self.written:
-            self._path(stream, batch).unlink(missing_ok=True)
+            with suppress(NotADirectoryError):  # the folder never was one
+                self._path(stream, batch).unlink(missing_ok=True)
         with suppress(OSError):  # another process still has files there: the last one to leave removes it
             self.folder.rmdir()
 

@@ -49,6 +49,8 @@ def streamed(
         heap.give_back()
         weights.load(prefix, device)
         of_block, last = wanted.get(index, Wanted()), index + 1 == total
+        if not last:
+            weights.prefetch(structure.block(index + 1), device)
         collector = Collector(weights.model, prefix, structure.of_block(index), of_block, device)
         walk = _Walk(weights.model, index, prefix, own, [call[index] for call in calls], device, states)
         if of_block or not sequential:

@@ -42,7 +42,9 @@ def join(device: torch.device) -> bool:
         return False
     backend = "gloo"
     if device.type == "cuda":
-        torch.cuda.set_device(_of_this_machine(device))
+        given = _of_this_machine(device)
+        if given.index is not None:  # else it is the one that this process sees first
+            torch.cuda.set_device(given)
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=TIMEOUT)
     return True

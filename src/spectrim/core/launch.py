@@ -13,6 +13,11 @@ def processes() -> int:
     return int(os.environ["WORLD_SIZE"]) if all(os.environ.get(name) for name in NEEDED) else 1
 
 
+def of_this_machine() -> int:
+    """How many of the processes run on this machine, as torchrun says; 1 where nothing says it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or 1) if processes() > 1 else 1
+
+
 def first() -> bool:
     """Whether this process is the one that speaks for all."""
     return processes() == 1 or os.environ["RANK"] == "0"

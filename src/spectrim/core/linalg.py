@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from spectrim.core.eigen import eigh, eigvalsh
+
 Metric = Float[Tensor, "in in"] | Float[Tensor, "in"] | None
 
 
@@ -24,13 +26,13 @@ def directions(weight: Float[Tensor, "out in"], metric: Metric) -> tuple[Float[T
     weight = weight.double()
     out_features, in_features = weight.shape
     if out_features <= in_features:
-        energies, vectors = torch.linalg.eigh(_sandwich(weight, metric))
+        energies, vectors = eigh(_sandwich(weight, metric))
         left = vectors.flip(1)
     else:
         # stored by columns, as LAPACK works: a row-major matrix would be turned around at each call
         reflectors, scales = torch.geqrf(weight)
         triangle = reflectors[:in_features].triu()
-        energies, vectors = torch.linalg.eigh(_sandwich(triangle, metric, triangular=True))
+        energies, vectors = eigh(_sandwich(triangle, metric, triangular=True))
         padded = weight.new_zeros(in_features, out_features).T
         padded[:in_features] = vectors.flip(1)
         left = torch.ormqr(reflectors, scales, padded)
@@ -86,7 +88,7 @@ def roots(matrix: Float[Tensor, "n n"], floor: float) -> tuple[Float[Tensor, "n 
 
     Raises ValueError where no eigenvalue is above 0.
     """
-    energies, vectors = torch.linalg.eigh(matrix.double())
+    energies, vectors = eigh(matrix.double())
     if not float(energies[-1]) > 0:
         raise ValueError(f"the largest eigenvalue is {float(energies[-1])}: a matrix of zeros has no inverse root")
     sizes = energies.clamp_min(float(energies[-1]) * floor).sqrt()
@@ -183,7 +185,7 @@ def _refit(
 
     floor: the energy, as a share of the largest, below which a direction is noise and is not fitted.
     """
-    energies, vectors = torch.linalg.eigh(base @ base.T)
+    energies, vectors = eigh(base @ base.T)
     keep = energies > energies.max().clamp_min(torch.finfo(torch.float64).tiny) * floor
     vectors, energies = vectors[:, keep], energies[keep]
     missed = (wanted - mix @ base) @ base.T
@@ -235,7 +237,7 @@ def pseudo_inverse(matrix: Float[Tensor, "n n"], floor: float) -> Float[Tensor, 
     """
     sizes = matrix.diagonal().clamp_min(0).sqrt()
     scale = torch.where(sizes > 0, 1 / sizes, 0.0)
-    energies, vectors = torch.linalg.eigh(matrix * scale[:, None] * scale)
+    energies, vectors = eigh(matrix * scale[:, None] * scale)
     used = energies > floor * energies.amax().clamp_min(torch.finfo(energies.dtype).tiny)
     half = scale[:, None] * vectors[:, used] / energies[used].sqrt()
     return half @ half.T
@@ -255,14 +257,14 @@ def energies_without(
     the kept columns refitted. Float64 in, no copy of G_SS: out² in + c·in·out multiplications, `eigvalsh` of out × out.
     """
     if len(kept) == 0:
-        return torch.linalg.eigvalsh(weight @ moved).flip(0).clamp_min(0)
+        return eigvalsh(weight @ moved).flip(0).clamp_min(0)
     rest = complement(kept, weight.shape[1])
     removed = gram[:, kept] @ weight[:, kept].T
     product = weight[:, rest] @ (moved - removed)[rest]
     if floor is not None:
         shared = (moved - removed)[kept]
         product = product - shared.T @ pseudo_inverse(gram[kept][:, kept], floor) @ shared
-    return torch.linalg.eigvalsh(product).flip(0).clamp_min(0)
+    return eigvalsh(product).flip(0).clamp_min(0)
 
 
 def pulled(

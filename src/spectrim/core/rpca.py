@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from spectrim.core.eigen import eigh
 from spectrim.core.linalg import directions
 
 Mode = Literal["fixed", "inexact"]
@@ -104,7 +105,7 @@ def _alternate(
         # the eigenvectors of the Gram: nothing else here is of cubic cost but products with them
         base = weight + dual
         moved = base - sparse
-        energies, vectors = torch.linalg.eigh(moved @ moved.T)
+        energies, vectors = eigh(moved @ moved.T)
         sizes = energies.clamp_min(0).sqrt()
         largest = float(sizes[-1])
         if mode == "inexact" and count == 1:  # of the weight itself

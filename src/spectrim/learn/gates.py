@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from spectrim.core import heap
+from spectrim.core import heap, launch
 from spectrim.core.plan import Candidate, Plan, Target
 from spectrim.core.registry import Decomposer, Trainable
 from spectrim.learn.harden import harden
@@ -47,7 +47,7 @@ class GatedLinear(nn.Module):
         self.left, self.right = left.detach(), right.to(like).detach()
         bias = dense.bias
         self.bias = bias.detach() if isinstance(bias, Tensor) else None
-        self.entries = tensors["entries"].long() if "entries" in tensors else None
+        self.entries = tensors["entries"].long().to(like.device) if "entries" in tensors else None
         self.values = tensors["values"].to(like) if "values" in tensors else None
         self.gate: Float[Tensor, "units"] | None = None
         self.offset: Float[Tensor, "out"] | None = None
@@ -338,15 +338,18 @@ def unscalable(name: str, decomposer: Decomposer) -> str:
 def check_memory(targets: Sequence[Target], available: int | None = None, itemsize: int = 4) -> None:
     """Raise ValueError where the factors of all targets do not fit into memory; available: bytes (None: the machine's).
 
-    Beside them a training needs the rest of the model and the activations of a batch, which are not counted here.
+    Of several processes on the machine each holds them all, so each has an equal share of it. Beside them a training
+    needs the rest of the model and the activations of a batch, which are not counted here.
     """
     sizes = [(p.out_features, p.in_features) for target in targets for p in target.parts]
     needed = itemsize * sum(sum(size) * min(size) for size in sizes)
     if available is None:
         available = heap.of_machine()
-    if needed > available:
+    processes = launch.of_this_machine()
+    if processes * needed > available:
+        each, fewer = (f" for each of {processes} processes", "fewer processes, ") if processes > 1 else ("", "")
         raise ValueError(
-            f"training needs the whole model in memory, its factors alone {needed / 1e9:.1f} GB, and this machine has "
-            f"{available / 1e9:.1f} GB: use an allocator that does not train (unirank, deviation), a device with more "
-            "memory, or a group of fewer matrices"
+            f"training needs the whole model in memory, its factors alone {needed / 1e9:.1f} GB{each}, and this "
+            f"machine has {available / 1e9:.1f} GB: use an allocator that does not train (unirank, deviation), "
+            f"{fewer}a device with more memory, or a group of fewer matrices"
         )

@@ -6,6 +6,7 @@ the optimizer's state, the scheduler's, random states, the history.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import shutil
@@ -125,6 +126,16 @@ class Rows(Dataset[Row]):
 
     def __getitem__(self, index: int) -> Row:
         return self.rows[index]
+
+
+def rows_hash(rows: Sequence[Row], pad: int) -> str:
+    """What tells rows from others in a key: every token and label, so the tokenizer that made them is in it."""
+    digest = hashlib.sha256(str(pad).encode())
+    for row in rows:
+        for tensor in (row.ids, row.labels):
+            digest.update(len(tensor).to_bytes(8, "little"))
+            digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 @dataclass

@@ -150,6 +150,7 @@ class Bernoulli(Allocator):
         policy = Policy(self, pool, spends)
         fields = {"budget": problem.budget, "itemsize": pool.itemsize}
         made = problem.remember("bernoulli", fields, lambda: _Training(policy, problem).run())
+        problem.slot("bernoulli", fields).clear()  # not before the result is kept
         plan = pool.plan(policy.order(made["best"]), problem.budget)
         tried, update = made["checks"], int(made["best_at"])
         curves = {f"bernoulli {name}": made["history"][:, i].tolist() for i, name in enumerate(COLUMNS)}
@@ -291,7 +292,6 @@ class _Training:
                 if int(self.state["step"]) == stop and not bool((self.state["checks"][:, 0] == stop).any()):
                     self.check(stop)
                     self.save(slot)
-        slot.clear()
         return {**self.state, "windows": torch.tensor(len(self.trial))}
 
     def learn(self, steps: range, slot: Slot) -> None:

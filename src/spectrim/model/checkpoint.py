@@ -26,6 +26,7 @@ from transformers.utils import logging as hf_logging
 
 from spectrim.model import modules
 from spectrim.model.files import file_hash, keys, read_config, refuse_quantized, stored_dtype, weight_files
+from spectrim.model.prefetch import Ahead
 from spectrim.model.quantizer import refuse_unfilled
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,10 @@ class Weights(Protocol):
 
     def load(self, prefix: str, device: torch.device) -> None:
         """Give the parameters under the module `prefix` their values, on `device`."""
+        ...
+
+    def prefetch(self, prefix: str, device: torch.device) -> None:
+        """Begin to read what `load` will be asked for next, where that is done beside the work on `device`."""
         ...
 
     def release(self, prefix: str) -> None:
@@ -145,6 +150,7 @@ class Checkpoint:
         self.names: dict[str, str] = {}
         self.converted: set[str] = set()
         self._map_names()
+        self._ahead = Ahead(self._tensor)
 
     def _main_dtype(self) -> torch.dtype:
         sizes: dict[torch.dtype, int] = {}
@@ -190,11 +196,23 @@ class Checkpoint:
 
     def load(self, prefix: str, device: torch.device) -> None:
         """As in `Weights`. Raises ValueError naming a parameter that is missing or not finite."""
-        wanted = [key for key, name in self.names.items() if _under(name, prefix)]
-        self._load(wanted, device)
+        self._load(self._inside(prefix), device)
+        _move_buffers(self.model.get_submodule(prefix), device)
         for name, parameter in self.model.get_submodule(prefix).named_parameters(prefix):
             if parameter.is_meta:
                 raise ValueError(f"{self.directory}: the checkpoint has no tensor for {name}")
+
+    def _inside(self, prefix: str) -> list[str]:
+        """The keys of what lies under a module."""
+        return [key for key, name in self.names.items() if _under(name, prefix)]
+
+    def prefetch(self, prefix: str, device: torch.device) -> None:
+        """As in `Weights`: for a GPU, into main memory; on a CPU it would be held beside the block that is run there.
+
+        Errors of reading are raised by `load`.
+        """
+        if device.type == "cuda":
+            self._ahead.begin(self._inside(prefix))
 
     def load_outside(self, blocks: str, device: torch.device) -> list[str]:
         """As in `Weights`."""
@@ -204,11 +222,18 @@ class Checkpoint:
         skipped = {name for name, p in self.model.named_parameters() if id(p) in inside - tied}
         wanted = {k: n for k, n in self.names.items() if not _under(n, blocks) and n not in skipped}
         self._load(list(wanted), device)
+        for name, module in self.model.named_modules():
+            if not _under(name, blocks):
+                _move_buffers(module, device, recurse=False)
         self.model.tie_weights()
         return list(wanted.values())
 
     def _load(self, keys: list[str], device: torch.device) -> None:
-        pieces = {key: self._tensor(key) for key in keys}
+        ahead = self._ahead.take(keys)
+        if ahead is None:
+            pieces = {key: self._tensor(key) for key in keys}
+        else:  # what follows on the device waits for the copies, and so does the memory that they come from
+            pieces = {key: tensor.to(device, non_blocking=True) for key, tensor in ahead.items()}
         mapping: Any = self.mapping
         settings = LoadStateDictConfig(weight_mapping=mapping, dtype=self.model.dtype, device_map={"": device})
         with quiet():
@@ -225,8 +250,10 @@ class Checkpoint:
         return tensor
 
     def release(self, prefix: str) -> None:
-        """As in `Weights`: back to the meta device."""
-        self.release_names([name for name, _ in self.model.get_submodule(prefix).named_parameters(prefix)])
+        """As in `Weights`: back to the meta device; buffers back to main memory."""
+        module = self.model.get_submodule(prefix)
+        self.release_names([name for name, _ in module.named_parameters(prefix)])
+        _move_buffers(module, torch.device("cpu"))
 
     def release_names(self, names: list[str]) -> None:
         """As in `Weights`: back to the meta device; buffers stay."""
@@ -282,6 +309,9 @@ class LiveModel:
     def load(self, prefix: str, device: torch.device) -> None:
         """Nothing to load."""
 
+    def prefetch(self, prefix: str, device: torch.device) -> None:
+        """Nothing to load."""
+
     def load_outside(self, blocks: str, device: torch.device) -> list[str]:
         """Nothing to load."""
         return []
@@ -311,6 +341,13 @@ class LiveModel:
 
 def _under(name: str, prefix: str) -> bool:
     return name == prefix or name.startswith(f"{prefix}.")
+
+
+def _move_buffers(module: nn.Module, device: torch.device, recurse: bool = True) -> None:
+    """Tables and the like, which a skeleton has in main memory, to where the weights beside them are."""
+    for owner in module.modules() if recurse else (module,):
+        for name, buffer in list(owner.named_buffers(recurse=False)):
+            setattr(owner, name, buffer.to(device))
 
 
 def check_finite(model: nn.Module) -> None:
