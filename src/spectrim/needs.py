@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from spectrim.calibrate.sampling import together
 from spectrim.core import budget
+from spectrim.core.meter import KEPT
 from spectrim.core.plan import Part, Target
 from spectrim.jobs import Job
 from spectrim.model.targets import Structure
@@ -209,7 +210,10 @@ def moments(setting: Setting, hidden: int | None = None) -> dict[str, Causes]:
     if any(job.allocator.learns for job in setting.jobs):
         found["allocate"] |= {"model": whole, **_training(setting)}
     elif loaded:  # the model, and what is put into it
-        found["allocate"] |= {"model": 2 * whole, "activations": _activations(setting, setting.tokens)}
+        predictions = min(KEPT, 4 * setting.sequences * setting.length * setting.embedding.shape[0])
+        found["allocate"] |= {
+            "model": 2 * whole, "activations": _activations(setting, setting.tokens), "predictions": predictions,
+        }  # fmt: skip
     for trial in tried:
         found |= _tried(setting, trial, {"spectra": spectra, "hidden_states": min(hidden or 0, trial.states)})
     found["write"] = {"spectra": spectra, "tensors": max(_written(setting))}

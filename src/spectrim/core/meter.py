@@ -21,6 +21,7 @@ from spectrim.core.registry import Live, Measures, Problem
 Kind = Literal["kl", "hidden", "perplexity"]
 
 CHUNK = 2**24  # logits turned into log-probabilities at a time
+KEPT = 2**28  # bytes of the dense model's log-probabilities that are not reckoned again for every change
 
 
 class Meter:
@@ -43,6 +44,7 @@ class Meter:
         self.live, self.kind, self.base = live, kind, base
         self.sequences, self.length, self.last = sequences, length, last
         self._at, self._states, self._teacher = 0, list[Tensor](), list[Tensor]()
+        self._expected: dict[int, Tensor] = {}
 
     @cached_property
     def batches(self) -> list[Int[Tensor, "batch length"]]:
@@ -72,7 +74,12 @@ class Meter:
         state = self._teacher[index]
         if self.kind == "hidden":
             return state
-        return torch.log_softmax(self.live.logits(self.batches[index], state).float(), -1)
+        if index in self._expected:
+            return self._expected[index]
+        found = torch.log_softmax(self.live.logits(self.batches[index], state).float(), -1)
+        if sum(each.nbytes for each in self._expected.values()) + found.nbytes <= KEPT:
+            self._expected[index] = found
+        return found
 
     @torch.no_grad()
     def of_base(self) -> float:
