@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("methods", "finetune"),
     (
         "recipe", "jobs", "stored", "needs", "lean", "driving", "run", "second", "towards", "planning", "timing",
-        "finished", "pipeline", "estimate", "tuning",
+        "finished", "pipeline", "estimate", "saving", "tuning", "recovery",
     ),
     ("measure.compare", "measure.plot", "measure.apart", "measure.zero_shot", "measure.report"),
     ("cli", "commands", "show", "__main__", "__init__"),

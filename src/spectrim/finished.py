@@ -49,7 +49,13 @@ def refuse_filled(out: Path, overwrite: bool, alike: Callable[[Mapping[str, Any]
 def of_recipe(asked: Recipe) -> Callable[[Mapping[str, Any]], bool]:
     """Whether a summary is of a compression by that recipe, and of nothing that was done after it."""
     wanted = hash_of(asked.model_dump(exclude_none=True))
-    return lambda summary: summary.get("recipe_hash") == wanted and "finetuning" not in summary
+    most = 0 if asked.tune is None else 1
+
+    def alike(summary: Mapping[str, Any]) -> bool:
+        tunings = summary.get("finetuning")
+        return summary.get("recipe_hash") == wanted and (tunings is None or 0 < len(tunings) <= most)
+
+    return alike
 
 
 def request_of(run: Run) -> str:
@@ -62,6 +68,7 @@ def request_of(run: Run) -> str:
             "recipe": run.asked.model_dump(exclude_none=True), "device": run.device.type,
             "computed": str(run.source.model.dtype), "stored": str(run.dtype),
             "versions": {name: version(name) for name in ("spectrim", "torch", "transformers", "safetensors")},
+            **({} if run.tuned_on is None else {"tuned_on": run.tuned_on}),
         }
     )  # fmt: skip
 

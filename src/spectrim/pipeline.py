@@ -19,7 +19,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spectrim import finished, lean, needs
+from spectrim import finished, lean, needs, recovery
 from spectrim import recipe as recipes
 from spectrim.core import distributed, heap, lock
 from spectrim.core.plan import Candidate, Plan
@@ -64,6 +64,7 @@ def compress(
     length: int | None = None,
     seed: int | None = None,
     format: str | None = None,
+    tokens: int | float | None = None,
     work: str | Path | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
@@ -78,13 +79,14 @@ def compress(
     ratio: fraction of the targets' parameters to remove. text: files or dataset names, `NAME=WEIGHT` for a mixture
     (with `tokenizer` for a live model), or token windows; needed where the recipe measures anything. work: where
     statistics and decompositions are kept for the next run (default `out`.work); without `out`, a live model's are
-    kept only if given. memory: what the run may hold beside its imports (`6GB`, `512MiB`, bytes): hidden states that
-    do not fit lie in files in the work directory, and a killed run goes on at its block. Several processes of torchrun,
-    given the same, share the work, and all return the result. Raises ValueError (and RecipeError, StoreError) before
-    anything heavy for bad input, a limit that is too low, or a disk that is too full; distributed.Lost where another
-    process failed.
+    kept only if given. tokens: of that text, to tune on where the recipe tunes. memory: what the run may hold beside
+    its imports (`6GB`, `512MiB`, bytes): hidden states that do not fit lie in files in the work directory, and a killed
+    run goes on at its block. Several processes of torchrun, given the same, share the work, and all return the result.
+    Raises ValueError (and RecipeError, StoreError) before anything heavy for bad input, a limit that is too low, or a
+    disk that is too full; distributed.Lost where another process failed.
     """
     shortcuts = {"ratio": ratio, "sequences": sequences, "length": length, "seed": seed, "format": format}
+    shortcuts["tokens"] = tokens
     device = torch.device(device)
     distributed.join(device)
     timings = Timings()
@@ -109,13 +111,19 @@ def compress(
             shown = progress if distributed.first() else silent
             run = Run(source, structure, asked, jobs, windows, device, store, timings, shown, dtype)
             _check_same(run, out)
+            tuning = recovery.ready(run, text, tokenizer, trust_remote_code)
         made = distributed.agreed(lambda: finished.compressed(run, out, overwrite))
         if made is not None:
+            recovery.put_away(tuning)
             return Result(*made, directory=Path(str(out)))
         run.room = room
         run.lean = distributed.agreed(lambda: _lean(run, setting, early, out))
         plan, candidates = planned(run, early)
-        return _finish(run, plan, candidates, out, overwrite, dtype)
+        if tuning is None:
+            return _finish(run, plan, candidates, out, overwrite, dtype)
+        untuned = _finish(run, plan, candidates, tuning.untuned, True, dtype)
+        made = tuning.go(untuned.plan, untuned.summary, untuned.run, Path(str(out)), overwrite)
+        return Result(*made, directory=Path(str(out)))
 
 
 def _tokenizer(source: Weights, text: Any, given: Any, trust_remote_code: bool) -> Any:
@@ -245,6 +253,7 @@ def _windows(
     wanted = {repr(n) for job in jobs for d in [*job.decomposers.values(), job.allocator] for n in d.needs}
     wanted |= {"deviations of the model" for job in jobs if job.allocator.sees == "model"}
     wanted |= {"the dense model's outputs"} if asked.calibrate.paired else set()
+    wanted |= {"the loss of its tuning"} if asked.tune is not None else set()
     if not wanted:
         return None
     longest = max_positions(model)

@@ -74,6 +74,8 @@ class Run:
         self.timings, self.progress, self.dtype = timings, progress, dtype
         with timings.stage("fingerprint"):
             self.fingerprint = source.fingerprint() if fingerprint is None else fingerprint
+        # what of a text, beside the windows, the result is tuned on (None: it is not tuned)
+        self.tuned_on: str | None = None
         # hidden states: bytes of them in memory, the rest in files (None: all in memory)
         self.room: int | None = None
         # targets whose factors are not stored

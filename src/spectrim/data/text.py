@@ -132,14 +132,55 @@ def sample_windows(
     The sources share the sequences by weight (largest remainder, ties to the earlier) and come mixed. One generator,
     seeded with `seed`, draws everything. Raises ValueError if a source has too few tokens or is named twice.
     """
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [
+        fixed_windows(stream, length)[chosen]
+        for _, stream, chosen in _drawn(sources, tokenizer, sequences, length, generator)
+    ]
+    return torch.cat(drawn)[torch.randperm(sequences, generator=generator)]
+
+
+def windows_beside(
+    sources: Sequence[Source],
+    tokenizer: Tokenizer,
+    sequences: int,
+    length: int,
+    seed: int,
+    held: Sequence[int],
+    window: int,
+) -> list[Int[Tensor, "windows window"]]:
+    """Of each source the windows of `window` tokens that share no token with some that `sample_windows` gives.
+
+    held: the numbers of those, in what it gives for the same sources, tokenizer, sequences, length and seed. Between
+    them each stream is cut from the end of one to the start of the next, the tails dropped; a source may have none.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    drawn = list(_drawn(sources, tokenizer, sequences, length, generator))
+    order = torch.randperm(sequences, generator=generator)
+    taken = order[torch.as_tensor(held, dtype=torch.int64)]
+    found, before = {source.name: torch.empty(0, window, dtype=torch.int64) for source in sources}, 0
+    for source, stream, chosen in drawn:
+        own = taken[(taken >= before) & (taken < before + len(chosen))] - before
+        before += len(chosen)
+        starts = (chosen[own] * length).sort().values.tolist()
+        ends = [0, *(start + length for start in starts)]
+        stretches = [stream[end:start] for end, start in zip(ends, [*starts, stream.numel()], strict=True)]
+        cut = [fixed_windows(each, window) for each in stretches if each.numel() >= window]
+        if cut:
+            found[source.name] = torch.cat(cut)
+    return [found[source.name] for source in sources]
+
+
+def _drawn(
+    sources: Sequence[Source], tokenizer: Tokenizer, sequences: int, length: int, generator: torch.Generator
+) -> Iterator[tuple[Source, Int[Tensor, "n"], Int[Tensor, "chosen"]]]:
+    """Of each source that gives any window: its stream, and which of its fixed windows; ValueError as said above."""
     if sequences < 1 or length < 1:
         raise ValueError(f"sequences ({sequences}) and length ({length}) must be at least 1")
     names = [source.name for source in sources]
     if len(set(names)) < len(names):
         raise ValueError(f"a text source is named twice among {names}: give it once, with the sum of the weights")
-    generator = torch.Generator().manual_seed(seed)
-    drawn = []
-    for source, count in zip(sources, _shares(sources, sequences), strict=True):
+    for source, count in zip(sources, shares(sources, sequences), strict=True):
         if count == 0:
             logger.warning("%s gets none of the %d sequences: its weight is too small", source.name, sequences)
             continue
@@ -150,8 +191,7 @@ def sample_windows(
                 f"{source.name}: {count} sequences of {length} tokens need {count * length} tokens, it has "
                 f"{stream.numel()}: give a longer text, or ask for fewer or shorter sequences"
             )
-        drawn.append(fixed_windows(stream, length)[torch.randperm(available, generator=generator)[:count]])
-    return torch.cat(drawn)[torch.randperm(sequences, generator=generator)]
+        yield source, stream, torch.randperm(available, generator=generator)[:count]
 
 
 def fingerprint(sources: Sequence[Source]) -> str:
@@ -172,7 +212,7 @@ def fingerprint(sources: Sequence[Source]) -> str:
     return digest.hexdigest()
 
 
-def _shares(sources: Sequence[Source], sequences: int) -> list[int]:
+def shares(sources: Sequence[Source], sequences: int) -> list[int]:
     """How many of the sequences each source gives: floors of the exact shares, the rest by largest remainder."""
     if not sources:
         raise ValueError("no text source: give at least one file or name")
