@@ -179,11 +179,18 @@ class Stopped(Exception):
     """The run ends here."""
 
 
-@pytest.mark.parametrize("at", [3, 11, 24, 30, None])
+@pytest.fixture(scope="module")
+def whole(llama_dir: Path, story: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """A run that was not stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    return spectrim.compress(llama_dir, recipe_of(folder, tokens=40 * STEP), text=str(story), out=folder / "out")
+
+
+@pytest.mark.parametrize("at", [11, 30, None])
 def test_a_stopped_run_goes_on_to_the_same_bytes(
-    at: int | None, llama_dir: Path, story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    at: int | None, whole: Result, llama_dir: Path, story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped in the first try, in the third, in the training, and when only the output is left to be written."""
+    """Stopped in the third try, in the training, and when only the output is left to be written."""
     asked, calls = recipe_of(tmp_path, tokens=40 * STEP), 0
 
     def stopping(stage: str, done: int, total: int) -> None:
@@ -192,25 +199,25 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
         if calls == at:
             raise Stopped
 
-    def run(out: str, progress: Any) -> Result:
-        return spectrim.compress(llama_dir, asked, text=str(story), out=tmp_path / out, progress=progress)
+    def run() -> Result:
+        return spectrim.compress(llama_dir, asked, text=str(story), out=tmp_path / "out", progress=stopping)
 
     def refused(*args: Any) -> Any:
         raise Stopped
 
-    whole = run("whole", lambda *step: None)
     with monkeypatch.context() as patch:
         if at is None:
             patch.setattr(recovery.Recovery, "_deliver", refused)
         with pytest.raises(Stopped):
-            run("out", stopping)
+            run()
     assert not (tmp_path / "out").exists() and list((tmp_path / "out.work" / "recovery").glob("*/untuned"))
     # a try that was done is not trained again, nor is the training; the one under way is, having no checkpoint yet
     done = 40 if at is None else min((calls - 1) // 4, len(whole.summary["recovery"]["tries"])) * 4
     calls, at = 0, -1
-    made = run("out", stopping)
+    made = run()
     assert made.summary == whole.summary
-    assert tree_hash(tmp_path / "out", "run.json") == tree_hash(tmp_path / "whole", "run.json")
+    assert whole.directory is not None
+    assert tree_hash(tmp_path / "out", "run.json") == tree_hash(whole.directory, "run.json")
     assert calls == 40 - done
 
 

@@ -103,7 +103,7 @@ class Tune(_Strict):
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["auto"] = Field(
         "auto", description="auto: the best on the windows of `calibrate.select`"
     )
-    batch_size: int = Field(16, gt=0, description="windows a step")
+    batch_size: int = Field(8, gt=0, description="windows a step")
     window: int | None = Field(None, gt=1, description="tokens a window; None: as in calibration")
     seed: int | None = Field(None, ge=0, description="of the order of windows; None: as in calibration")
 

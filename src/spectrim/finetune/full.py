@@ -32,7 +32,7 @@ from spectrim.finetune.parts import decomposed
 # base: the kept columns at its start, as they were
 Held = list[tuple[nn.Linear, Tensor]]
 # The relative learning rate where none is given.
-RELATIVE = 1e-2
+RELATIVE = 3e-3
 
 
 @finetuner("full")
