@@ -22,7 +22,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("methods", "finetune"),
     (
         "recipe", "jobs", "stored", "needs", "settling", "lean", "driving", "run", "second", "towards", "strength",
-        "owntext", "planning", "timing", "finished", "sizes", "searching", "starting", "pipeline", "estimate", "tuning",
+        "owntext", "planning", "timing", "finished", "sizes", "searching", "starting", "pipeline", "estimate", "saving",
+        "tuning", "recovery",
     ),
     ("measure.compare", "measure.curve", "measure.plot", "measure.apart", "measure.zero_shot", "measure.report"),
     ("cli", "commands", "show", "__main__", "__init__"),

@@ -149,6 +149,9 @@ def compress(
     device: Device = "cpu",
     dtype: Dtype = None,
     format: Format = None,
+    tokens: Annotated[
+        float | None, typer.Option("--tokens", help="Of text to tune on, where the recipe tunes.")
+    ] = None,
     memory: Memory = None,
     overwrite: Overwrite = False,
     trust_remote_code: Trust = False,
@@ -158,7 +161,7 @@ def compress(
     """Compress MODEL into a smaller checkpoint that plain transformers loads."""
     with _failures(), show.bars() as progress, _joined(device) as alike:
         with alike():
-            asked = _recipe(recipe, ratio, format, set_, sequences=sequences, length=length, seed=seed)
+            asked = _recipe(recipe, ratio, format, set_, sequences=sequences, length=length, seed=seed, tokens=tokens)
             kind = _dtype(dtype)
             from spectrim import commands
 

@@ -52,10 +52,12 @@ def of_recipe(asked: Recipe, wish: Mapping[str, Any] | None = None) -> Callable[
     wish: what else was asked for (`sizes.wish_of`); where that is a size, the ratio is no part of the recipe asked for.
     """
     wanted, size = hash_of(asked.model_dump(exclude_none=True)), (wish or {}).get("size")
+    most = 0 if asked.tune is None else 1
 
     def alike(summary: Mapping[str, Any]) -> bool:
         right = summary.get("recipe_hash") == wanted if size is None else True
-        return right and summary.get("size") == size and "finetuning" not in summary
+        tunings = summary.get("finetuning")
+        return right and summary.get("size") == size and (tunings is None or 0 < len(tunings) <= most)
 
     return alike
 
@@ -76,6 +78,7 @@ def request_of(run: Run, wish: Mapping[str, Any] | None = None) -> str:
             "computed": str(run.source.model.dtype), "stored": str(run.dtype),
             "versions": {name: version(name) for name in ("spectrim", "torch", "transformers", "safetensors")},
             **(wish or {}),
+            **({} if run.tuned_on is None else {"tuned_on": run.tuned_on}),
         }
     )  # fmt: skip
 

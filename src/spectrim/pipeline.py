@@ -9,7 +9,7 @@ import socket
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spectrim import finished, needs, owntext, searching, sizes
+from spectrim import finished, needs, owntext, recovery, searching, sizes
 from spectrim import recipe as recipes
 from spectrim.core import distributed, heap, lock
 from spectrim.core.plan import Plan
@@ -63,6 +63,7 @@ def compress(
     length: int | None = None,
     seed: int | None = None,
     format: str | None = None,
+    tokens: int | float | None = None,
     work: str | Path | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
@@ -80,17 +81,18 @@ def compress(
 
     ratio: fraction of the targets' parameters to remove; or else budget: bytes of the files written, parameters: of
     the whole model, max_loss: nats a token over the dense model, all three at most (`sizes`, `searching`). measure:
-    have `run.json` say what is lost on windows of `accept`, or `select`. text: files or dataset names,
-    `NAME=WEIGHT` for a mixture (with `tokenizer` for a live model), `self` for what the model writes, or token
-    windows; needed where the recipe measures anything. work: where statistics and decompositions are kept for the
-    next run (default `out`.work); without `out`, a live model's are kept only if given. memory: what the run may
-    hold beside its imports (`6GB`, `512MiB`, bytes): hidden states that do not fit lie in files in the work
-    directory, and a killed run goes on at its block. Several processes of torchrun, given the same, share the work,
-    and all return the result. Raises ValueError (and RecipeError, StoreError) before anything heavy for bad input,
-    a limit that is too low, or a disk that is too full; RecipeError for a size that no ratio gives;
-    distributed.Lost where another process failed.
+    have `run.json` say what is lost on windows of `accept`, or `select`. tokens: of the text, to tune on where the
+    recipe tunes. text: files or dataset names, `NAME=WEIGHT` for a mixture (with `tokenizer` for a live model),
+    `self` for what the model writes, or token windows; needed where the recipe measures anything. work: where
+    statistics and decompositions are kept for the next run (default `out`.work); without `out`, a live model's are
+    kept only if given. memory: what the run may hold beside its imports (`6GB`, `512MiB`, bytes): hidden states
+    that do not fit lie in files in the work directory, and a killed run goes on at its block. Several processes of
+    torchrun, given the same, share the work, and all return the result. Raises ValueError (and RecipeError,
+    StoreError) before anything heavy for bad input, a limit that is too low, or a disk that is too full;
+    RecipeError for a size that no ratio gives; distributed.Lost where another process failed.
     """
     shortcuts = {"ratio": ratio, "sequences": sequences, "length": length, "seed": seed, "format": format}
+    shortcuts["tokens"] = tokens
     device = torch.device(device)
     distributed.join(device)
     timings, available = Timings(), of_a_process()
@@ -124,13 +126,20 @@ def compress(
             structure = begun.setting.structure
             run = Run(source, structure, asked, begun.jobs, windows, device, store, timings, shown, dtype, known)
             _check_same(run, out)
+            tuning = recovery.ready(run, text, tokenizer, trust_remote_code)
         made = distributed.agreed(lambda: finished.compressed(run, out, overwrite, wish))
         if made is not None:
+            recovery.put_away(tuning)
             return Result(*made, directory=Path(str(out)))
         request = None if out is None else finished.request_of(run, wish)
         first = start.ready(run, begun)
         found = searching.Search(first, size, aim, lambda other: start.again(run, other), measure).go()
-        return _finish(found, out, overwrite, request, wish)
+        if tuning is None:
+            return _finish(found, out, overwrite, request, wish)
+        tuning = replace(tuning, run=found.run, request=request)  # at the ratio that was found
+        untuned = _finish(found, tuning.untuned, True, request, wish)
+        made = tuning.go(untuned.plan, untuned.summary, untuned.run, Path(str(out)), overwrite)
+        return Result(*made, directory=Path(str(out)))
 
 
 def _tokenizer(source: Weights, text: Any, given: Any, trust_remote_code: bool) -> Any:
@@ -239,6 +248,7 @@ def _windows(
     wanted |= {"deviations of the model" for job in jobs if job.allocator.sees == "model"}
     wanted |= {"the dense model's outputs"} if asked.calibrate.paired else set()
     wanted |= {"what the result loses"} if lost else set()
+    wanted |= {"the loss of its tuning"} if asked.tune is not None else set()
     if not wanted:
         return None
     longest = max_positions(model)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from spectrim.core import registry
+from spectrim.core import finetuner, registry
 from spectrim.core.plan import Target
 
 
@@ -100,11 +100,49 @@ class Group(_Strict):
         return value
 
 
+class Tune(_Strict):
+    """Distillation from the dense model once it is compressed; ranks and parameters stay."""
+
+    method: str = Field("full", description="a way of tuning factors in one stage (`spectrim methods`)")
+    settings: dict[str, Any] = Field({}, description="of the method; `full` has relative learning rates by default")
+    tokens: int = Field(2_000_000, gt=0, description="of text that is trained on at most, tries included")
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["auto"] = Field(
+        "auto", description="auto: the best on the windows of `calibrate.select`"
+    )
+    batch_size: int = Field(8, gt=0, description="windows a step")
+    window: int | None = Field(None, gt=1, description="tokens a window; None: as in calibration")
+    seed: int | None = Field(None, ge=0, description="of the order of windows; None: as in calibration")
+
+    @field_validator("tokens", mode="before")
+    @classmethod
+    def _number(cls, value: Any) -> Any:
+        """`2e6` is a word to YAML."""
+        try:
+            return float(value) if isinstance(value, str) else value
+        except ValueError:
+            return value
+
+    def way(self) -> Any:
+        """The way of tuning. Raises RecipeError for one that does not keep ranks, or needs more than factors."""
+        settings = {"relative": True, **self.settings} if self.method == "full" else self.settings
+        try:
+            found = registry.build("way of tuning", finetuner.finetuners(), self.method, settings)
+        except ValueError as error:
+            raise RecipeError(f"tune: {error}") from error
+        if found.wants != "factors" or found.beside or found.stages != 1 or not found.keeps_rank:
+            raise RecipeError(
+                f"tune.method: {self.method} with {settings} does not tune the factors as they are, in one stage; "
+                "`full` does"
+            )
+        return found
+
+
 class Recipe(_Strict):
     """Everything that decides the result beside the model and the text."""
 
     about: str = ""
     calibrate: Calibrate = Calibrate()
+    tune: Tune | None = None
     groups: list[Group] = Field(min_length=1)
 
     def decomposers(self, group: Group, members: Sequence[Target]) -> dict[str, Any]:
@@ -239,7 +277,8 @@ def _step(place: Any, step: str, path: str) -> Any:
 def build(recipe: str | Recipe, shortcuts: Mapping[str, Any] | None = None, settings: Sequence[str] = ()) -> Recipe:
     """A recipe (its name or file, or one made already) with the command line's shortcuts and `a.b=c` settings.
 
-    shortcuts: ratio and format (of every group), sequences, length and seed; None values change nothing.
+    shortcuts: ratio and format (of every group), sequences, length and seed, tokens (of the tuning); None values change
+    nothing.
     Raises RecipeError, naming the key, for anything unknown or out of range.
     """
     name = recipe if isinstance(recipe, str) else "given"
@@ -247,7 +286,10 @@ def build(recipe: str | Recipe, shortcuts: Mapping[str, Any] | None = None, sett
     for key, value in (shortcuts or {}).items():
         if value is None:
             continue
-        if key in Calibrate.model_fields:
+        if key == "tokens":
+            _tunes(data, name)
+            assign(data, "tune.tokens", value)
+        elif key in Calibrate.model_fields:
             assign(data, f"calibrate.{key}", value)
         else:
             groups = data.get("groups")
@@ -261,6 +303,16 @@ def build(recipe: str | Recipe, shortcuts: Mapping[str, Any] | None = None, sett
     return validated(data, name)
 
 
+def _tunes(data: Mapping[str, Any], name: str) -> None:
+    """Raise RecipeError where a recipe has no tuning."""
+    if data.get("tune") is None:
+        known = [shipped for shipped in _files() if read(shipped).get("tune") is not None]
+        raise RecipeError(
+            f"tokens are given, but the recipe {name} has no section `tune`, so nothing is tuned; recipes that have "
+            f"one: {', '.join(known)}"
+        )
+
+
 def validated(data: Mapping[str, Any], name: str) -> Recipe:
     """A recipe of its data; every method named in it is built once, so that a wrong setting is found now."""
     try:
@@ -271,11 +323,14 @@ def validated(data: Mapping[str, Any], name: str) -> Recipe:
         recipe.allocator(group)
         for method in group.decompose:
             _built("decomposer", registry.decomposers(), method)
+    if recipe.tune is not None:
+        recipe.tune.way()
     return recipe
 
 
 _KEYS: dict[str, Sequence[str]] = {
     "calibrate": list(Calibrate.model_fields),
+    "tune": list(Tune.model_fields),
     "groups": list(Group.model_fields),
     "": list(Recipe.model_fields),
 }

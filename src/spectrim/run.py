@@ -78,6 +78,8 @@ class Run:
         # how statistics are handed to decomposers
         shrink = asked.calibrate.shrink
         self.shrinking = Shrinking(0.0 if shrink == "auto" else shrink, asked.calibrate.shrink_to)
+        # what of a text, beside the windows, the result is tuned on (None: it is not tuned)
+        self.tuned_on: str | None = None
         # hidden states: bytes of them in memory, the rest in files (None: all in memory)
         self.room: int | None = None
         # targets whose factors are not stored
@@ -95,10 +97,12 @@ class Run:
     def at(self, asked: Recipe, jobs: Sequence[Job]) -> Run:
         """The same run of another recipe, which shares out the windows alike."""
         parts = [each for each in (self.windows, self.select, self.accept) if each is not None]
-        return Run(
+        other = Run(
             self.source, self.structure, asked, jobs, torch.cat(parts) if parts else None, self.device, self.store,
             self.timings, self.progress, self.dtype, self.fingerprint,
         )  # fmt: skip
+        other.tuned_on = self.tuned_on
+        return other
 
     def key(self, target: Target, upstream: str | None = None) -> dict[str, Any]:
         """What made a candidate: not the ratio, nor the allocator, but for the plan of the blocks before it."""

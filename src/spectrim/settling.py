@@ -15,8 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def of_a_process() -> int:
-    """Bytes of memory that a process may take: the same in all, the least that a machine has for each of its own.
-    """
+    """Bytes of memory that a process may take: the same in all, the least that a machine has for each of its own."""
     return min(distributed.gathered(heap.of_machine() // launch.of_this_machine()))
 
 

@@ -25,17 +25,16 @@ from spectrim.core.store import hash_of, write_json
 from spectrim.data import instructions
 from spectrim.data.instructions import Row
 from spectrim.finetune import start as starts
-from spectrim.finetune.parts import parts_of
 from spectrim.learn import tuning
 from spectrim.learn.tuning import Distillation, Training
 from spectrim.measure.evaluate import parameters, positions
-from spectrim.model import apply, loading, modules
+from spectrim.model import loading
 from spectrim.model.checkpoint import moved, quiet
 from spectrim.model.files import file_hash, read_config, read_tokenizer, resolve, weight_files
-from spectrim.model.loading import CODE_FILE
 from spectrim.model.writer import new_directory, refuse_filled
 from spectrim.recipe import RecipeError, assign
 from spectrim.run import Timings
+from spectrim.saving import lowered, save
 
 logger = logging.getLogger(__name__)
 
@@ -181,7 +180,7 @@ def tune(
     }  # fmt: skip
     asked = requested(method, shortcuts, settings)
     finished.refuse_filled(Path(out), overwrite, lambda summary: "finetuning" in summary)
-    run = _Run(
+    run = Tuning(
         asked, _directory(model, trust_remote_code), Path(out), torch.device(device), trust_remote_code, progress
     )
     run.check(dense, teacher)
@@ -198,7 +197,7 @@ def _directory(model: str | Path, trust_remote_code: bool) -> Path:
     return directory
 
 
-class _Run:
+class Tuning:
     """One tuning under way."""
 
     def __init__(
@@ -357,7 +356,7 @@ class _Run:
             }
             if distributed.rank() == 0:
                 with new_directory(self.out, overwrite) as directory:
-                    _save(model, self.directory, directory, record, facts, self.request())
+                    save(model, self.directory, directory, record, facts, self.request())
                 shutil.rmtree(self.folder)
         # as it reads in the file: with lists for tuples
         return Tuned(self.out, json.loads(json.dumps(record)), facts)
@@ -367,34 +366,3 @@ def _widen(model: nn.Module) -> None:
     """What is trained in float32, whatever the rest is: small steps vanish in half precision."""
     for parameter in tuning.trained(model).values():
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
-
-
-@torch.no_grad()
-def lowered(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """The model in the dtype it is stored in. Pivot forms are built anew, base and mix rounded together."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, modules.Pivot) and dtype.itemsize < 4:
-            bias = module.bias
-            tensors = apply.form(module.spec(), parts_of(module), dtype)
-            new = modules.build(module.spec(), tensors, None if bias is None else bias.to(dtype))
-            model.set_submodule(name, new.to(next(module.parameters()).device))
-    made: PreTrainedModel = nn.Module.to(model, dtype)
-    made.config.dtype = dtype
-    return made
-
-
-def _save(model: PreTrainedModel, source: Path, directory: Path, record: Any, facts: Any, request: str) -> None:
-    for pattern in apply.SIDE_FILES:
-        for file in source.glob(pattern):
-            if file.name not in ("config.json", CODE_FILE) and not file.name.endswith(".index.json"):
-                shutil.copyfile(file, directory / file.name)
-    with quiet():
-        if getattr(model.config, "quantization_config", None) is None:
-            model.save_pretrained(directory)
-        else:
-            loading.save(model, directory)
-    described = directory / "spectrim.json"
-    summary = json.loads(described.read_text(encoding="utf-8")) if described.exists() else {}
-    summary["finetuning"] = [*summary.get("finetuning", ()), record]
-    write_json(described, {**summary, **finished.record(directory, request)})
-    write_json(directory / "run.json", facts)

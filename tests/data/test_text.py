@@ -24,6 +24,7 @@ from spectrim.data.text import (
     read_documents,
     sample_windows,
     token_stream,
+    windows_beside,
 )
 
 BOS = 0
@@ -319,10 +320,59 @@ class TestSampleWindows:
 
     def test_shares_add_up(self) -> None:
         for sequences in range(1, 30):
-            shares = text._shares([Source("a"), Source("b"), Source("c", 0.5)], sequences)
+            shares = text.shares([Source("a"), Source("b"), Source("c", 0.5)], sequences)
             assert sum(shares) == sequences
             exact = [sequences * weight / 2.5 for weight in (1, 1, 0.5)]
             assert all(abs(share - wanted) < 1 for share, wanted in zip(shares, exact, strict=True))
+
+
+class Numbering:
+    """A tokenizer that gives every letter of all texts a number of its own."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def __call__(self, texts: list[str], **options: Any) -> dict[str, Any]:
+        ids = []
+        for each in texts:
+            ids.append(list(range(self.seen, self.seen + len(each))))
+            self.seen += len(each)
+        return {"input_ids": ids}
+
+
+class TestWindowsBeside:
+    @pytest.fixture
+    def sources(self, tmp_path: Path) -> list[Source]:
+        names = [write(tmp_path / f"{name}.txt", name * size) for name, size in (("a", 203), ("b", 410))]
+        return [Source(names[0], 0.3), Source(names[1], 0.7)]
+
+    @pytest.mark.parametrize("window", [10, 7, 25])
+    @pytest.mark.parametrize("held", [[], [0], [3, 4, 5, 19], list(range(20))])
+    def test_no_token_of_those_that_are_held(self, sources: list[Source], held: list[int], window: int) -> None:
+        drawn = sample_windows(sources, Numbering(), 20, 10, seed=1)
+        pools = windows_beside(sources, Numbering(), 20, 10, 1, held, window)
+        judged = set(drawn[held].flatten().tolist())
+        ranges = (range(203), range(203, 613))
+        for pool, tokens in zip(pools, ranges, strict=True):
+            found = pool.flatten().tolist()
+            assert pool.shape[1] == window and len(set(found)) == len(found)
+            assert (pool.diff(dim=1) == 1).all(), "windows are passages of the text"
+            assert set(found) <= set(tokens) - judged
+            # what is left out is less than a window at the end of each stretch
+            stretches = 1 + len({each // 10 for each in judged if each in tokens})
+            assert len(set(tokens) - judged - set(found)) <= stretches * (window - 1)
+
+    def test_of_the_same_length_they_are_all_the_others(self, sources: list[Source]) -> None:
+        held = [2, 7]
+        drawn = sample_windows(sources[:1], Numbering(), 12, 10, seed=0)
+        (pool,) = windows_beside(sources[:1], Numbering(), 12, 10, 0, held, 10)
+        firsts = {*range(0, 200, 10)} - {int(drawn[each, 0]) for each in held}
+        assert set(pool[:, 0].tolist()) == firsts
+
+    def test_a_source_may_have_none(self, sources: list[Source]) -> None:
+        pools = windows_beside(sources, Numbering(), 1, 10, 0, [0], 300)
+        assert [len(pool) for pool in pools] == [0, 0] or len(pools[1]) == 1
+        assert all(pool.shape[1] == 300 for pool in pools)
 
 
 class TestFingerprint:

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import spectrim
 from spectrim.core.finetuner import Finetuner, finetuners
-from spectrim.finetune.full import Full
+from spectrim.finetune.full import RELATIVE, Full
 from spectrim.model import loading
 from tests.families import FAMILIES
 from tests.finetune.sessions import (
@@ -127,6 +128,48 @@ def test_narrowed_layers_train_with_the_dense_ones() -> None:
         assert model.get_parameter(f"{name}.base.weight").requires_grad
         assert model.get_parameter("model.layers.0.mlp.up_proj.weight").requires_grad == dense
         assert model.get_parameter("model.layers.1.self_attn.o_proj.weight").requires_grad == dense
+
+
+def test_relative_rates_are_shares_of_each_tensor(every_format_dir: Path, rows_file: Path, tmp_path: Path) -> None:
+    """Adam's first step is as large as the rate in every entry that has a gradient: here a share of the tensor."""
+    settings = ["method.relative=true", "method.norms=true", "train.lr_scheduler_type=constant", "train.warmup_ratio=0"]
+    for rate in (0.02, None):
+        made = spectrim.tune(
+            every_format_dir, str(rows_file), tmp_path / f"out-{rate}", "full", steps=1, batch_size=4, window=16,
+            learning_rate=rate, settings=settings,
+        )  # fmt: skip
+        rate = rate or RELATIVE
+        assert made.record["learning_rate"] == rate
+        assert made.record["history"][-1]["learning_rate"] == pytest.approx(rate)
+        before, after = (loading.load(d, dtype=torch.float32) for d in (every_format_dir, made.directory))
+        layout, moved = loading.read_layout(every_format_dir), 0
+        for name, parameter in before.requires_grad_(False).named_parameters():
+            owner, _, leaf = name.removesuffix(".weight").rpartition(".")
+            kept = layout.get(owner, {}).get("kept", 0) if leaf == "base" else 0
+            change = (after.get_parameter(name).detach() - parameter)[..., kept:].abs()
+            assert kept == 0 or torch.equal(after.get_parameter(name)[:, :kept], parameter[:, :kept])
+            if parameter.numel() and change.max() > 0:
+                size = float(parameter[..., kept:].square().mean().sqrt())
+                assert float(change.max()) == pytest.approx(rate * size, rel=2e-2), name
+                moved += 1
+        assert moved > 10
+
+
+def test_what_is_zero_has_the_size_of_the_others() -> None:
+    model = some("llama")
+    names = [name for name, _ in model.named_parameters() if name.endswith("left.weight")]
+    with torch.no_grad():
+        model.get_parameter(names[0]).zero_()
+    scales = begun(model, Full(relative=True)).scales()
+    others = [scale for name, scale in scales.items() if name != names[0]]
+    assert min(others) > 0 and scales[names[0]] == pytest.approx(sum(others) / len(others))
+    assert begun(some("llama"), Full()).scales() == {}
+    empty = some("llama")
+    with torch.no_grad():
+        for parameter in empty.parameters():
+            parameter.zero_()
+    with pytest.raises(ValueError, match="all that trains is zero"):
+        begun(empty, Full(relative=True))
 
 
 def test_a_wider_dtype_is_given_back() -> None:

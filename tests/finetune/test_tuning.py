@@ -290,8 +290,8 @@ def test_a_training_on_other_tokens_is_another_one(
 def _keys(monkeypatch: pytest.MonkeyPatch, model: Path, rows: Path, out: Path) -> list[str]:
     """The keys that checkpoints of this tuning lie under."""
     found: list[str] = []
-    original = tuning._Run.key
+    original = tuning.Tuning.key
     with monkeypatch.context() as patched:
-        patched.setattr(tuning._Run, "key", lambda self: found.append(original(self)) or found[-1])
+        patched.setattr(tuning.Tuning, "key", lambda self: found.append(original(self)) or found[-1])
         spectrim.tune(model, str(rows), out, **FEW)
     return sorted(set(found))

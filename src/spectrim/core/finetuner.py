@@ -43,6 +43,10 @@ class Session:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
+    def scales(self) -> Mapping[str, float]:
+        """What the learning rate is multiplied by, by name of a trained parameter; 1 for those that are left out."""
+        return {}
+
     def before(self, step: int, total: int) -> None:
         """Before the first forward pass of a step."""
 
@@ -77,6 +81,11 @@ class Finetuner(Protocol):
     def wants(self) -> Wants:
         """What it can tune."""
         return "factors"
+
+    @property
+    def keeps_rank(self) -> bool:
+        """Whether each factor stays of its shape all the time, so that nothing is truncated again."""
+        return True
 
     @property
     def beside(self) -> bool:

@@ -141,19 +141,70 @@ def sample_windows(
     of all other sources. Raises ValueError if a source has too few tokens or is named twice, for `self` without `own`
     and for others without a tokenizer.
     """
+    generator = torch.Generator().manual_seed(seed)
+    drawn = []
+    for source, stream, chosen in _drawn(sources, tokenizer, sequences, length, generator):
+        if stream is not None:
+            drawn.append(fixed_windows(stream, length)[chosen])
+        elif own is not None:
+            drawn.append(own(len(chosen)))
+        else:
+            _locate(source.name)  # which says that nobody writes here
+    return torch.cat(drawn)[torch.randperm(sequences, generator=generator)]
+
+
+def windows_beside(
+    sources: Sequence[Source],
+    tokenizer: Tokenizer,
+    sequences: int,
+    length: int,
+    seed: int,
+    held: Sequence[int],
+    window: int,
+) -> list[Int[Tensor, "windows window"]]:
+    """Of each source the windows of `window` tokens that share no token with some that `sample_windows` gives.
+
+    held: the numbers of those, in what it gives for the same sources, tokenizer, sequences, length and seed. Between
+    them each stream is cut from the end of one to the start of the next, the tails dropped; a source may have none, and
+    what a model writes itself has none.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    drawn = list(_drawn(sources, tokenizer, sequences, length, generator))
+    order = torch.randperm(sequences, generator=generator)
+    taken = order[torch.as_tensor(held, dtype=torch.int64)]
+    found, before = {source.name: torch.empty(0, window, dtype=torch.int64) for source in sources}, 0
+    for source, stream, chosen in drawn:
+        own = taken[(taken >= before) & (taken < before + len(chosen))] - before
+        before += len(chosen)
+        if stream is None:
+            continue
+        starts = (chosen[own] * length).sort().values.tolist()
+        ends = [0, *(start + length for start in starts)]
+        stretches = [stream[end:start] for end, start in zip(ends, [*starts, stream.numel()], strict=True)]
+        cut = [fixed_windows(each, window) for each in stretches if each.numel() >= window]
+        if cut:
+            found[source.name] = torch.cat(cut)
+    return [found[source.name] for source in sources]
+
+
+def _drawn(
+    sources: Sequence[Source], tokenizer: Tokenizer | None, sequences: int, length: int, generator: torch.Generator
+) -> Iterator[tuple[Source, Int[Tensor, "n"] | None, Int[Tensor, "chosen"]]]:
+    """Of each source that gives any window: its stream, and which of its fixed windows; ValueError as said above.
+
+    What a model writes itself is no stream: as many windows as are wanted, in order.
+    """
     if sequences < 1 or length < 1:
         raise ValueError(f"sequences ({sequences}) and length ({length}) must be at least 1")
     names = [source.name for source in sources]
     if len(set(names)) < len(names):
         raise ValueError(f"a text source is named twice among {names}: give it once, with the sum of the weights")
-    generator = torch.Generator().manual_seed(seed)
-    drawn = []
-    for source, count in zip(sources, _shares(sources, sequences), strict=True):
+    for source, count in zip(sources, shares(sources, sequences), strict=True):
         if count == 0:
             logger.warning("%s gets none of the %d sequences: its weight is too small", source.name, sequences)
             continue
-        if source.name == SELF and own is not None:
-            drawn.append(own(count))
+        if source.name == SELF:
+            yield source, None, torch.arange(count)
             continue
         documents = read_documents(source.name)
         if tokenizer is None:
@@ -165,8 +216,7 @@ def sample_windows(
                 f"{source.name}: {count} sequences of {length} tokens need {count * length} tokens, it has "
                 f"{stream.numel()}: give a longer text, or ask for fewer or shorter sequences"
             )
-        drawn.append(fixed_windows(stream, length)[torch.randperm(available, generator=generator)[:count]])
-    return torch.cat(drawn)[torch.randperm(sequences, generator=generator)]
+        yield source, stream, torch.randperm(available, generator=generator)[:count]
 
 
 def fingerprint(sources: Sequence[Source]) -> str:
@@ -188,7 +238,7 @@ def fingerprint(sources: Sequence[Source]) -> str:
     return digest.hexdigest()
 
 
-def _shares(sources: Sequence[Source], sequences: int) -> list[int]:
+def shares(sources: Sequence[Source], sequences: int) -> list[int]:
     """How many of the sequences each source gives: floors of the exact shares, the rest by largest remainder."""
     if not sources:
         raise ValueError("no text source: give at least one file or name")

@@ -7,13 +7,18 @@ the dense weight and stay bit for bit, unless they are to be trained too: where 
 base, their gradients are cleared before the norm is taken, and they are put back after each step, because weight decay
 moves also what has no gradient.
 
+With `relative` the learning rate of each tensor is a share of its size: that rate times the root mean square of its
+trained entries at the start. Adam's step is about as large as the rate whatever the gradient is, so one absolute rate
+moves a factor of small entries (a mix) by a larger share than one of large entries (a base); of the share there is one
+that serves all.
+
 Needs, beside the model, the gradients of all that trains and twice as many numbers of AdamW's state, and a copy of the
 kept columns that lie in a base. A step costs what it costs at any model of this size and layout.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -26,6 +31,8 @@ from spectrim.finetune.parts import decomposed
 
 # base: the kept columns at its start, as they were
 Held = list[tuple[nn.Linear, Tensor]]
+# The relative learning rate where none is given.
+RELATIVE = 3e-3
 
 
 @finetuner("full")
@@ -35,7 +42,8 @@ class Full(Finetuner):
 
     values: sparse values too; kept: kept columns too, else they stay bit for bit; dense: dense layers of the blocks
     too, narrowed ones among them; bias: the biases of all these layers; norms: weights and biases of the norms;
-    embeddings: the embeddings and the output head, which stay one tensor where they are one.
+    embeddings: the embeddings and the output head, which stay one tensor where they are one; relative: learning rates
+    are shares of the root mean square of each tensor's entries at the start.
     """
 
     values: bool = True
@@ -44,12 +52,13 @@ class Full(Finetuner):
     bias: bool = False
     norms: bool = False
     embeddings: bool = False
+    relative: bool = False
     wants: ClassVar[Wants] = "factors"
 
     @property
     def learning_rate(self) -> float:
-        """A tenth of what is usual for adapters: every number moves by itself."""
-        return 2e-5
+        """A tenth of what is usual for adapters: every number moves by itself; or RELATIVE of a tensor's size."""
+        return RELATIVE if self.relative else 2e-5
 
     def begin(self, model: Any, stage: int, generator: torch.Generator, dense: Any = None) -> Session:
         """Let the factors train. Raises ValueError where there is no factor."""
@@ -63,7 +72,7 @@ class Full(Finetuner):
             )
         for parameter in trained:
             parameter.requires_grad_(True)
-        return Training(model, held)
+        return Training(model, held, self.relative)
 
     def _trained(self, model: Any, held: Held) -> Iterator[nn.Parameter]:
         """Every parameter that trains; what must stay of one goes into `held`."""
@@ -91,10 +100,32 @@ class Full(Finetuner):
 class Training(Session):
     """A model whose own parameters train."""
 
-    def __init__(self, model: Any, held: Held) -> None:
+    def __init__(self, model: Any, held: Held, relative: bool = False) -> None:
         super().__init__(model)
         self.held = held
         self.kinds = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
+        self._scales = self._sizes() if relative else {}
+
+    def scales(self) -> Mapping[str, float]:
+        """Where rates are relative, the size that each tensor had at the start."""
+        return self._scales
+
+    @torch.no_grad()
+    def _sizes(self) -> dict[str, float]:
+        """The root mean square of each tensor's trained entries; of zeros alone, which have no size, the others' mean.
+
+        Raises ValueError where all are zeros.
+        """
+        fixed = {id(base.weight): columns.shape[1] for base, columns in self.held}
+        found = {}
+        for name in self.kinds:
+            parameter = self.model.get_parameter(name)
+            entries = parameter[:, fixed[id(parameter)] :] if id(parameter) in fixed else parameter
+            found[name] = float(entries.float().square().mean().sqrt()) if entries.numel() else 0.0
+        sized = [size for size in found.values() if size > 0]
+        if not sized:
+            raise ValueError("all that trains is zero, so no learning rate is a share of it: set method.relative=false")
+        return {name: size or sum(sized) / len(sized) for name, size in found.items()}
 
     @torch.no_grad()
     def differentiated(self, step: int, total: int) -> None:

@@ -56,6 +56,7 @@ class Retruncating(Finetuner):
     extra: int = 0
     dense: bool = True
     wants: ClassVar[Wants] = "factors"
+    keeps_rank: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         factored.check_adapter(self.rank, self.dropout)

@@ -237,12 +237,34 @@ class _Trainer(Trainer):
         batch = Micro(model, inputs, num_items_in_batch.clamp_min(1), self.teacher, self.distillation)
         loss = self.session.loss(batch)
         if not bool(loss.isfinite()):
-            raise ValueError(_diverged(float(loss.detach()), self.state.global_step, self.args))
+            raise Diverged(_diverged(float(loss.detach()), self.state.global_step, self.args))
         return loss * self.accelerator.num_processes  # gradients of processes are averaged, the loss is a sum
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         self.session.differentiated(self.state.global_step, self.state.max_steps)
         return super()._clip_grad_norm(model)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """As the Trainer's; where the session says so, with a rate of its own for each parameter."""
+        scales = self.session.scales()
+        if scales and self.optimizer is None:
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args)
+            rate, decayed = self.args.learning_rate, self.get_decay_parameter_names(self.session.model)
+            groups = [
+                {
+                    "params": [parameter], "lr": rate * scales.get(name, 1.0),
+                    "weight_decay": self.args.weight_decay if name in decayed else 0.0,
+                }
+                for name, parameter in trained(self.session.model).items()
+            ]  # fmt: skip
+            self.optimizer = kind(groups, **options)
+        return super().create_optimizer(*args, **kwargs)
+
+    def _get_learning_rate(self) -> float:
+        """What is logged: the rate that was asked for, at this step, not the first parameter's own."""
+        scales = self.session.scales()
+        first = scales.get(next(iter(trained(self.session.model))), 1.0) if scales else 1.0
+        return float(super()._get_learning_rate()) / first
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if self.args.should_save:
@@ -252,6 +274,10 @@ class _Trainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained(self.session, Path(resume_from_checkpoint))
+
+
+class Diverged(ValueError):
+    """The loss of a training is not finite."""
 
 
 def _diverged(loss: float, step: int, arguments: TrainingArguments) -> str:
@@ -315,7 +341,7 @@ def tune(
     """Train a session for that many steps; the history, one entry a logged step.
 
     Checkpoints lie in `folder`; where it holds a whole one the training goes on from there, to the same result. Raises
-    ValueError for a loss that is not finite, with the step.
+    Diverged for a loss that is not finite, with the step.
     """
     arguments = _arguments(settings, steps, folder, device, learning_rate)
     trainer = _Trainer(

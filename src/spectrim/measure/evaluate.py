@@ -78,6 +78,29 @@ def evaluate(
         raise ValueError(f"batch must be at least 1 window, got {batch}")
     stream = token_stream(read_documents(text), tokenizer)
     windows = fixed_windows(stream, window, limit)
+    nll, kl = mean_losses(model, windows, batch, reference, progress)
+    return Evaluation(
+        nll=nll,
+        perplexity=_perplexity(nll, text),
+        tokens=windows.numel() - len(windows),
+        windows=len(windows),
+        window=window,
+        text=text,
+        protocol=_protocol(window, len(windows), stream.numel() // window, model.dtype),
+        kl=kl,
+        parameters=parameters(model),
+        sample=None if sample_prompt is None else generate_sample(model, tokenizer, sample_prompt),
+    )
+
+
+def mean_losses(
+    model: PreTrainedModel,
+    windows: Int[Tensor, "windows window"],
+    batch: int = 8,
+    reference: PreTrainedModel | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[float, float | None]:
+    """Token loss on windows and, with a reference, KL(reference ‖ model), nats a token. Raises ValueError as above."""
     losses, divergences = [], []
     with inference(model), inference(model if reference is None else reference):
         for start in range(0, len(windows), batch):
@@ -87,19 +110,7 @@ def evaluate(
             if progress is not None:
                 progress(min(start + batch, len(windows)), len(windows))
     # every window makes the same number of predictions, so the mean of windows is the mean of tokens
-    nll = float(torch.cat(losses).mean())
-    return Evaluation(
-        nll=nll,
-        perplexity=_perplexity(nll, text),
-        tokens=windows.numel() - len(windows),
-        windows=len(windows),
-        window=window,
-        text=text,
-        protocol=_protocol(window, len(windows), stream.numel() // window, model.dtype),
-        kl=None if reference is None else float(torch.cat(divergences).mean()),
-        parameters=parameters(model),
-        sample=None if sample_prompt is None else generate_sample(model, tokenizer, sample_prompt),
-    )
+    return float(torch.cat(losses).mean()), None if reference is None else float(torch.cat(divergences).mean())
 
 
 def parameters(model_or_directory: nn.Module | str | Path) -> dict[str, int]:
