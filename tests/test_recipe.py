@@ -11,7 +11,8 @@ import yaml
 from spectrim import recipe as recipes
 from spectrim.core import registry
 from spectrim.core.plan import Part, Target
-from spectrim.methods.svd import ActivationSVD, PlainSVD, Uniform, WhitenedSVD
+from spectrim.methods.spectrim import TwoSidedSVD
+from spectrim.methods.svd import ActivationSVD, PlainSVD, Uniform
 from spectrim.recipe import Calibrate, Recipe, RecipeError, build, grouped, matches, read, shipped, validated
 
 SIMPLE: dict[str, Any] = {
@@ -65,9 +66,13 @@ def test_a_shipped_recipe_builds(name: str) -> None:
 
 def test_there_is_a_recipe_for_every_baseline() -> None:
     assert shipped().keys() >= {"default", "svd", "asvd", "fwsvd", "input-weighted", "whitened"}
-    default = build("default")
-    assert default.groups[0].format == "pivot"
-    assert decomposer(default, TARGETS[0]) == WhitenedSVD()
+
+
+def test_the_default_is_our_own() -> None:
+    default, own = build("default"), build("spectrim")
+    assert default.model_copy(update={"about": own.about}) == own
+    assert default.groups[0].format == "pivot" and decomposer(default, TARGETS[0]) == TwoSidedSVD()
+    assert default.calibrate.paired and default.calibrate.select and default.calibrate.accept
 
 
 def test_a_recipe_is_read_from_a_file_or_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
