@@ -136,7 +136,7 @@ def test_two_runs_write_the_same_bytes(llama_dir: Path, text_file: Path, tmp_pat
 def test_the_seed_reaches_the_windows(llama_dir: Path, text_file: Path, tmp_path: Path) -> None:
     def windows(seed: int) -> dict[str, Any]:
         options: dict[str, Any] = {"text": str(text_file), "sequences": 8, "length": 24, "work": tmp_path / "work"}
-        result = spectrim.compress(llama_dir, out=tmp_path / "out", seed=seed, overwrite=True, **options)
+        result = spectrim.compress(llama_dir, "whitened", out=tmp_path / "out", seed=seed, overwrite=True, **options)
         assert result.summary["seed"] == seed
         return result.summary["calibration"]
 
