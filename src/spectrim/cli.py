@@ -31,7 +31,7 @@ Out = Annotated[Path, typer.Option("--out", help="Directory to write.")]
 RecipeName = Annotated[str, typer.Option("--recipe", help="Recipe name (see `spectrim methods`) or YAML file.")]
 Ratio = Annotated[float | None, typer.Option("--ratio", help="Fraction of the targets' parameters to remove.")]
 Text = Annotated[
-    list[str] | None, typer.Option("--text", help="Text file or dataset; repeat for a mixture, NAME=WEIGHT.")
+    list[str] | None, typer.Option("--text", help="Text file, dataset or `self`; repeat for a mixture, NAME=WEIGHT.")
 ]
 Sequences = Annotated[int | None, typer.Option("--sequences", help="Calibration windows.")]
 Length = Annotated[int | None, typer.Option("--length", help="Tokens in a calibration window.")]
