@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"```(console|python|yaml)\n(.*?)```", re.DOTALL)
 FLAGS = re.compile(r"--[a-z][a-z-]+")
 PAGES = ["README.md", "docs/quickstart.md", "docs/large-models.md", "docs/compare.md", "docs/comparison.md"]
-PAGES += ["docs/sizes.md"]
+PAGES += ["docs/sizes.md", "docs/calibration.md"]
 PAGES += [f"docs/methods/{page.name}" for page in sorted((ROOT / "docs/methods").glob("*.md"))]
 
 

@@ -33,7 +33,7 @@ Ratio = Annotated[float | None, typer.Option("--ratio", help="Fraction of the ta
 Budget = Annotated[str | None, typer.Option("--budget", help="Not --ratio but bytes of the files at most: 4GB.")]
 Parameters = Annotated[float | None, typer.Option("--parameters", help="Not --ratio but numbers in all: 3.2e9.")]
 Text = Annotated[
-    list[str] | None, typer.Option("--text", help="Text file or dataset; repeat for a mixture, NAME=WEIGHT.")
+    list[str] | None, typer.Option("--text", help="Text file, dataset or `self`; repeat for a mixture, NAME=WEIGHT.")
 ]
 Sequences = Annotated[int | None, typer.Option("--sequences", help="Calibration windows.")]
 Length = Annotated[int | None, typer.Option("--length", help="Tokens in a calibration window.")]
