@@ -27,11 +27,9 @@ def settled(setting: needs.Setting, available: int) -> needs.Setting:
     backwards = replace(setting, jobs=[_with(job, lambda each: each.settled(True)) for job in setting.jobs])
     if backwards.jobs == setting.jobs:  # nothing is left open
         return setting
-    # what is decomposed then is decomposed beside all statistics
-    moments = needs.moments(backwards)
-    needed = max(
-        sum(causes.values()) for name, causes in moments.items() if name.startswith(("calibrate", "decompose"))
-    )
+    # matrices are decomposed beside all statistics
+    stages = needs.stages(backwards)
+    needed = max(sum(stages[name].values()) for name in ("calibrate", "decompose"))
     if needed <= available:
         return backwards
     note = (
