@@ -20,6 +20,7 @@ from benchmarks import common
 NAMES = {
     "decompose": 2, "whole_run": 1, "inference": 1, "memory": 2, "allocate": 1, "deviation": 1, "sparse": 1, "rpca": 1,
     "training": 2, "finetune": 2, "kills": 1, "predict": 1, "processes": 2,
+    "own_recipe": 1,
 }  # fmt: skip
 RESULTS = common.ROOT / "benchmarks" / "results"
 PAGES = (common.ROOT / "benchmarks" / "README.md", common.ROOT / "docs" / "benchmarks.md")
