@@ -21,8 +21,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("calibrate", "learn", "measure.evaluate", "measure.speed"),
     ("methods", "finetune"),
     (
-        "recipe", "jobs", "stored", "needs", "settling", "lean", "driving", "run", "second", "towards", "planning", "timing",
-        "finished", "pipeline", "estimate", "tuning",
+        "recipe", "jobs", "stored", "needs", "settling", "lean", "driving", "run", "second", "towards", "planning",
+        "timing", "finished", "pipeline", "estimate", "tuning",
     ),
     ("measure.compare", "measure.plot", "measure.apart", "measure.zero_shot", "measure.report"),
     ("cli", "commands", "show", "__main__", "__init__"),
