@@ -24,6 +24,7 @@ from tests.families import FAMILIES
 
 SMALL: dict[str, Any] = {"sequences": 60, "length": 40, "settings": ["calibrate.accept=0.5"]}
 RATIOS = [0.3, 0.1, 0.2]
+OTHER = "unirank"  # streams, and measures once
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_every_ratio_is_a_checkpoint_and_nothing_is_measured_twice(
     llama_dir: Path, text: str, tmp_path: Path, calls: Counter[str]
 ) -> None:
-    found = spectrim.curve(llama_dir, "default", RATIOS, text, tmp_path / "out", **SMALL)
+    found = spectrim.curve(llama_dir, OTHER, RATIOS, text, tmp_path / "out", **SMALL)
     assert calls["streamed"] == 1 and calls["directions"] == 14
     data = json.loads((tmp_path / "out" / "curve.json").read_text())
     assert data == json.loads(json.dumps(found.to_json())) and [row.ratio for row in found.rows] == [0.1, 0.2, 0.3]
@@ -63,7 +64,7 @@ def test_every_ratio_is_a_checkpoint_and_nothing_is_measured_twice(
 def test_a_killed_curve_goes_on_and_finished_ratios_stay(
     llama_dir: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spectrim.curve(llama_dir, "default", RATIOS, text, tmp_path / "whole", **SMALL)
+    spectrim.curve(llama_dir, OTHER, RATIOS, text, tmp_path / "whole", **SMALL)
     written, original = 0, apply.streamed
 
     def interrupted(*args: Any, **options: Any) -> None:
@@ -75,15 +76,15 @@ def test_a_killed_curve_goes_on_and_finished_ratios_stay(
 
     monkeypatch.setattr(apply, "streamed", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        spectrim.curve(llama_dir, "default", RATIOS, text, tmp_path / "out", **SMALL)
+        spectrim.curve(llama_dir, OTHER, RATIOS, text, tmp_path / "out", **SMALL)
     assert (tmp_path / "out" / "0.1").exists() and not (tmp_path / "out" / "0.2").exists()
     assert not (tmp_path / "out" / "curve.json").exists()
-    found = spectrim.curve(llama_dir, "default", RATIOS, text, tmp_path / "out", **SMALL)
+    found = spectrim.curve(llama_dir, OTHER, RATIOS, text, tmp_path / "out", **SMALL)
     assert written == 4, "the first ratio was recognised"
     assert tree_hash(tmp_path / "out", "run.json", "curve.json") == tree_hash(
         tmp_path / "whole", "run.json", "curve.json"
     )
-    spectrim.curve(llama_dir, "default", [*RATIOS, 0.4], text, tmp_path / "out", **SMALL)
+    spectrim.curve(llama_dir, OTHER, [*RATIOS, 0.4], text, tmp_path / "out", **SMALL)
     assert written == 5
     assert [row.loss for row in found.rows] == [
         row["loss"] for row in json.loads((tmp_path / "out" / "curve.json").read_text())["rows"][:3]
@@ -129,7 +130,7 @@ def test_losses_on_windows_of_select_are_called_so(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     given = {**SMALL, "settings": ["calibrate.select=0.5"]}
-    found = spectrim.curve(llama_dir, "default", [0.1, 0.2], text, tmp_path / "out", **given)
+    found = spectrim.curve(llama_dir, OTHER, [0.1, 0.2], text, tmp_path / "out", **given)
     assert [row.loss["windows"] for row in found.rows if row.loss] == ["select"] * 2
     assert "on which ranks were chosen" in found.notes[0] and "fewer than 3 points" in found.notes[1]
     assert found.knee is None and "curve.png is not drawn: it needs matplotlib" in caplog.text
