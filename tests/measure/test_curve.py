@@ -54,7 +54,7 @@ def test_every_ratio_is_a_checkpoint_and_nothing_is_measured_twice(
     drawn = importlib.util.find_spec("matplotlib") is not None
     assert (tmp_path / "out" / "curve.png").exists() == drawn
     # an ordinary run of the same ratio comes to the same weights
-    spectrim.compress(llama_dir, "default", 0.2, text, tmp_path / "alone", work=tmp_path / "out.work", **SMALL)
+    spectrim.compress(llama_dir, OTHER, 0.2, text, tmp_path / "alone", work=tmp_path / "out.work", **SMALL)
     alone, of_curve = (
         tree_hash(each, "run.json", "spectrim.json") for each in (tmp_path / "alone", tmp_path / "out/0.2")
     )
