@@ -18,7 +18,6 @@ from spectrim import recipe as recipes
 from spectrim import recovery
 from spectrim.cli import app
 from spectrim.data import text as texts
-from spectrim.finetune import factored
 from spectrim.finetune.full import RELATIVE
 from spectrim.learn.tuning import Diverged
 from spectrim.measure.compare import compare
@@ -86,20 +85,6 @@ def _untuned(asked: str) -> str:
     path = Path(asked).with_name(f"without-{Path(asked).name}")
     path.write_text(yaml.safe_dump(data))
     return str(path)
-
-
-def test_kept_columns_stay_exact(llama_dir: Path, story: Path, tmp_path: Path) -> None:
-    asked = recipe_of(tmp_path, "column_svd", "pivot", learning_rate=0.01)
-    spectrim.compress(llama_dir, asked, text=str(story), out=tmp_path / "out")
-    spectrim.compress(llama_dir, _untuned(asked), text=str(story), out=tmp_path / "once")
-    after, before = (loading.load(tmp_path / name, dtype=torch.float32) for name in ("out", "once"))
-    kept = 0
-    for name, module, factor, linear in factored.factors(before):
-        own, count = after.get_parameter(f"{name}.{factor}.weight"), factored.kept_columns(module, factor)
-        assert torch.equal(own[:, :count], linear.weight[:, :count])
-        assert count == linear.in_features or not torch.equal(own, linear.weight)
-        kept += count
-    assert kept
 
 
 def test_it_is_tuned_on_no_token_that_it_is_judged_by(
