@@ -164,7 +164,7 @@ def test_several_texts_are_mixed_by_weight(llama_dir: Path, tmp_path: Path, seen
     for letter in "ab":
         (tmp_path / f"{letter}.txt").write_text(letter * 400)
     text = [f"{tmp_path / 'a.txt'}=3", str(tmp_path / "b.txt")]
-    spectrim.compress(llama_dir, text=text, sequences=8, length=24, out=tmp_path / "out")
+    spectrim.compress(llama_dir, "whitened", text=text, sequences=8, length=24, out=tmp_path / "out")
     (windows,) = seen_windows
     assert windows.shape == (8, 24)
     last = Counter(int(row[-1]) for row in windows)
@@ -174,7 +174,7 @@ def test_several_texts_are_mixed_by_weight(llama_dir: Path, tmp_path: Path, seen
 def test_windows_given_as_tokens_are_used_as_they_are(
     llama_dir: Path, tmp_path: Path, seen_windows: list[Tensor]
 ) -> None:
-    result = spectrim.compress(llama_dir, text=CALIBRATION, out=tmp_path / "out")
+    result = spectrim.compress(llama_dir, "whitened", text=CALIBRATION, out=tmp_path / "out")
     assert torch.equal(seen_windows[0], CALIBRATION)
     assert result.summary["calibration"]["shape"] == [8, 24]
 
@@ -182,10 +182,10 @@ def test_windows_given_as_tokens_are_used_as_they_are(
 def test_length_is_by_default_what_the_model_takes_and_never_more(
     llama_dir: Path, tmp_path: Path, text_file: Path, seen_windows: list[Tensor]
 ) -> None:
-    spectrim.compress(llama_dir, text=str(text_file), sequences=2, out=tmp_path / "out")
+    spectrim.compress(llama_dir, "whitened", text=str(text_file), sequences=2, out=tmp_path / "out")
     assert seen_windows[0].shape == (2, 48)
     with pytest.raises(ValueError, match="length 49 exceeds the model's maximum of 48 positions"):
-        spectrim.compress(llama_dir, text=str(text_file), sequences=2, length=49, out=tmp_path / "other")
+        spectrim.compress(llama_dir, "whitened", text=str(text_file), sequences=2, length=49, out=tmp_path / "other")
 
 
 def test_what_measures_nothing_needs_no_text(llama_dir: Path, tmp_path: Path, calls: Counter[str]) -> None:
@@ -333,7 +333,7 @@ def test_progress_names_the_stages_and_ends_each(llama_dir: Path, tmp_path: Path
         assert 0 < done <= total and done >= last.get(stage, (0, 0))[0]
         last[stage] = (done, total)
 
-    spectrim.compress(llama_dir, text=CALIBRATION, out=tmp_path / "out", progress=progress)
+    spectrim.compress(llama_dir, "whitened", text=CALIBRATION, out=tmp_path / "out", progress=progress)
     assert list(last) == ["calibrate", "decompose", "write"]
     assert all(done == total for done, total in last.values())
 

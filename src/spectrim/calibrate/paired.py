@@ -128,7 +128,8 @@ class Paired:
                 self.tupled = block.answers_tuple()
             steps = steps_of(inside[index])
             for place, step in enumerate(steps, 1):
-                yield Step(index, place == len(steps), step, block.measuring(step, place == len(steps)))
+                goes_on = place == len(steps) and (index < last or through)
+                yield Step(index, place == len(steps), step, block.measuring(step, goes_on))
             if index < last or through:
                 block.advance()
             own = {name: module for name, module in self.installed.items() if name.startswith(f"{prefix}.")}
@@ -268,19 +269,17 @@ class _Block:
         return right
 
     def measuring(
-        self, targets: Sequence[Target], last: bool
+        self, targets: Sequence[Target], on: bool
     ) -> Callable[[Mapping[Target, tuple[Statistic, ...]]], Measured]:
-        """What `Step.measure` is; with the last step the dense stream runs on to the block's end."""
-        return lambda wanted: self._measure(targets, wanted, last)
+        """What `Step.measure` is; on: with it the dense stream runs to the block's end."""
+        return lambda wanted: self._measure(targets, wanted, on)
 
     @torch.no_grad()
-    def _measure(
-        self, targets: Sequence[Target], wanted: Mapping[Target, tuple[Statistic, ...]], last: bool
-    ) -> Measured:
+    def _measure(self, targets: Sequence[Target], wanted: Mapping[Target, tuple[Statistic, ...]], on: bool) -> Measured:
         of, structure = self.of, self.of.structure
         collector = Collector(self.model, self.prefix, structure.of_block(self.index), Wanted(wanted), of.device)
         missed = _Missed(self, targets)
-        on = last and not self.advanced
+        on = on and not self.advanced
         with without_dropout(self.model):
             for i, batch in of.own.items():
                 output = missed.dense(i, on)
