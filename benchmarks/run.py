@@ -19,9 +19,9 @@ from benchmarks import common
 # each with the most processor threads that it uses
 NAMES = {
     "decompose": 2, "whole_run": 1, "inference": 1, "memory": 2, "allocate": 1, "deviation": 1, "sparse": 1, "rpca": 1,
-    "training": 2, "finetune": 2, "kills": 1, "predict": 1, "processes": 2,
-    "own_recipe": 1,
+    "training": 2, "finetune": 2, "kills": 1, "predict": 1, "processes": 2, "own_recipe": 1, "large": 1,
 }  # fmt: skip
+HOURS = ("large",)  # what takes hours is run where it is named
 RESULTS = common.ROOT / "benchmarks" / "results"
 PAGES = (common.ROOT / "benchmarks" / "README.md", common.ROOT / "docs" / "benchmarks.md")
 START, END = "<!-- results: written by benchmarks.run -->", "<!-- end of results -->"
@@ -72,14 +72,16 @@ def write_tables(results: Path, pages: Sequence[Path]) -> None:
 def main() -> int:
     """Run what was asked; 1 if a bound does not hold or a benchmark failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description="Run benchmarks.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which (default all): {', '.join(NAMES)}")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"which (default all but {', '.join(HOURS)}): {', '.join(NAMES)}"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
     parser.add_argument("--tables-only", action="store_true", help="only write the tables again")
     asked = parser.parse_args()
     unknown = sorted(set(asked.names) - set(NAMES))
     if unknown:
         parser.error(f"unknown benchmark {', '.join(unknown)}; known: {', '.join(NAMES)}")
-    names = [] if asked.tables_only else asked.names or list(NAMES)
+    names = [] if asked.tables_only else asked.names or [name for name in NAMES if name not in HOURS]
     failed = [name for name in names if not _run(name, asked.results.resolve())]
     if asked.results.resolve() == RESULTS:
         write_tables(RESULTS, PAGES)
