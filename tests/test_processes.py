@@ -118,6 +118,7 @@ def test_two_processes_make_what_one_makes(model: Path, folder: Path) -> None:
         assert facts["hardware"]["processes"] == 2
 
 
+@pytest.mark.slow
 def test_a_second_pass_towards_the_dense_model(model: Path, folder: Path) -> None:
     """Two streams, gradients of the first pass, a share chosen and the result checked on text of their own."""
     settings = [f"calibrate.{key}" for key in ("sequential=true", "target=mix", "mix=auto", "select=0.4", "accept=0.2")]

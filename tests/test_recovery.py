@@ -171,7 +171,9 @@ def whole(llama_dir: Path, story: Path, tmp_path_factory: pytest.TempPathFactory
     return spectrim.compress(llama_dir, recipe_of(folder, tokens=40 * STEP), text=str(story), out=folder / "out")
 
 
-@pytest.mark.parametrize("at", [11, 30, None])
+@pytest.mark.parametrize(
+    "at", [pytest.param(11, marks=pytest.mark.slow), 30, pytest.param(None, marks=pytest.mark.slow)]
+)
 def test_a_stopped_run_goes_on_to_the_same_bytes(
     at: int | None, whole: Result, llama_dir: Path, story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -147,6 +147,7 @@ def same(killed: Path, undisturbed: Path) -> bool:
     return tree_hash(killed, "run.json") == tree_hash(undisturbed, "run.json") and works[0] == works[1]
 
 
+@pytest.mark.slow
 def test_runs_that_are_killed_again_and_again_give_the_same_bytes(
     llama_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:

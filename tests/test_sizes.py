@@ -175,7 +175,7 @@ def test_the_largest_ratio_within_a_loss_is_found(
     allowed: float, limit: float, best: float, llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried = lossy(monkeypatch, limit)
-    result = spectrim.compress(llama_dir, "default", text=MANY, out=tmp_path / "out", max_loss=allowed, settings=HALF)
+    result = spectrim.compress(llama_dir, "unirank", text=MANY, out=tmp_path / "out", max_loss=allowed, settings=HALF)
     assert result.summary["ratio_requested"] == best and len(tried) <= 8
     assert [each["ratio"] for each in result.run["tries"] if "excess" in each] == tried
     assert any("failed" in each for each in result.run["tries"]) == (limit < 1)
@@ -193,7 +193,12 @@ def own_text() -> Tensor:
     return said
 
 
-@pytest.mark.parametrize("name", ["whitened", "spectrim-onepass", "spectrim"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param("whitened", marks=SLOW), pytest.param("spectrim-onepass", marks=SLOW), "spectrim"]
+)
 def test_a_loss_is_kept_and_nothing_is_calibrated_or_decomposed_twice(
     name: str, llama_dir: Path, tmp_path: Path, own_text: Tensor, calls: Counter[str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -227,7 +232,7 @@ def test_a_loss_is_kept_and_nothing_is_calibrated_or_decomposed_twice(
 
 def test_a_killed_search_goes_on(llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(out: str) -> None:
-        spectrim.compress(llama_dir, "default", text=MANY, out=tmp_path / out, max_loss=0.05, settings=HALF)
+        spectrim.compress(llama_dir, "unirank", text=MANY, out=tmp_path / out, max_loss=0.05, settings=HALF)
 
     run("whole")
     measured, original = 0, towards.lost
@@ -263,7 +268,7 @@ def test_a_loss_that_cannot_be_kept_writes_nothing(llama_dir: Path, tmp_path: Pa
 
 def test_too_little_text_says_how_much_more(llama_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(RecipeError, match=r"has 240: give 195 more sequences of 40 tokens, 255 in all") as found:
-        spectrim.compress(llama_dir, "default", text=MANY, out=tmp_path / "out", max_loss=0.1)
+        spectrim.compress(llama_dir, "unirank", text=MANY, out=tmp_path / "out", max_loss=0.1)
     assert "calibrate.accept is 0.1" in caplog.text and "--sequences 255" in str(found.value)
     enough = recipe.Calibrate(accept=0.1)
     assert enough.shared_out(255)[2] * 40 >= 1024 > enough.shared_out(254)[2] * 40

@@ -137,7 +137,7 @@ def test_measuring_takes_a_block_and_not_two_models(wide: Path) -> None:
     held, parameters = limited.stages["allocate"], free.totals["total_before"]
     assert free.stages["allocate"]["model"] == 2 * 4 * parameters
     assert held.keys() == {"spectra", "hidden_states", "block_weights", "compressed", "activations", "heap"}
-    assert held["block_weights"] < held["compressed"] + held["block_weights"] < 4 * parameters / 2
+    assert held["block_weights"] < held["compressed"] + held["block_weights"] < 4 * parameters
     streams = (6 * 7 + 2) * 300 * 16 * 128 * 4
     assert held["hidden_states"] == streams and "changed_models" not in limited.disk
     least = max(sum(stage.values()) for stage in limited.stages.values()) - streams

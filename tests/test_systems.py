@@ -120,6 +120,7 @@ class _Table(Deviation):
         return rows, ()
 
 
+@pytest.mark.slow
 def test_no_budget_is_exceeded_on_random_models() -> None:
     methods = [kind() for name, kind in sorted(allocators().items()) if kind().sees != "model"]
     methods = [method for method in methods if type(method).__name__ != "CapGreedy"]  # of entries

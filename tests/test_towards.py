@@ -108,7 +108,7 @@ def test_from_memory_from_disk_and_with_little_memory_are_the_same(tmp_path: Pat
 
 
 @pytest.mark.parametrize(("recipe", "memory"), [("whitened", None), ("spectrim-onepass", "100MB")])
-@pytest.mark.parametrize("at", [1, 8, 13])
+@pytest.mark.parametrize("at", [pytest.param(1, marks=pytest.mark.slow), 8, pytest.param(13, marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_to_the_same_bytes(
     at: int, recipe: str, memory: str | None, llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,7 +178,7 @@ def kl(model: PreTrainedModel, other: PreTrainedModel, ids: Tensor) -> float:
 SPLIT = ["calibrate.select=0.5", "calibrate.accept=0.25"]
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("name", [pytest.param("llama", marks=pytest.mark.slow), "gpt2", "gemma2"])
 def test_the_share_is_chosen_on_text_of_its_own(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = torch.randint(1, VOCABULARY, (128, 24), generator=torch.Generator().manual_seed(4))
     asked, settings = recipe_of(tmp_path, "whitened_svd"), [*MIX, *SPLIT, "calibrate.mix=auto"]

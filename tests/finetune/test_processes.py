@@ -17,6 +17,7 @@ from spectrim.model import loading
 SOURCE = str(Path(spectrim.__file__).parents[1])
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_make_the_steps_of_one(small_dir: Path, rows_file: Path, tmp_path: Path) -> None:
     """Rows of a step are shared out, the loss is a mean over all of them, and one process writes."""
