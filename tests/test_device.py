@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ RUNS = [
 DUO = ("llama", "duo-svd", ("groups.0.allocate.sequences=4",))
 
 
-@pytest.mark.parametrize(("model", "recipe", "settings"), RUNS)
+@pytest.mark.parametrize(("model", "recipe", "settings"), [*RUNS, DUO])
 def test_a_run_keeps_all_that_meets_in_one_place(
     model: str, recipe: str, settings: tuple[str, ...], models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,6 +221,12 @@ def test_eigenvectors_come_from_where_they_are_fast_and_right(
     tried = {"fast": ["cuda"], "slow": ["cpu"]}.get(how, ["cuda", "cpu"])
     assert places[1:] == [*tried, *tried]
     assert ("go to the CPU" in caplog.text) == (how in ("fails", "not finite")) and "at some place" not in caplog.text
+
+
+def test_nothing_else_asks_a_solver_of_its_own_choice() -> None:
+    source = Path(spectrim.__file__).parent
+    callers = [path.name for path in source.rglob("*.py") if re.search(r"linalg\.eig\w+\(", path.read_text("utf-8"))]
+    assert callers == ["eigen.py"]
 
 
 def test_an_error_of_the_cpu_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -226,8 +226,9 @@ class Store:
         path = self._present(kind, fields, "safetensors")
         try:
             with safe_open(path, framework="pt") as file:
-                known = list(file.keys())
-                return {name: file.get_tensor(name) for name in known if name.startswith(prefix)}
+                found = {name: file.get_tensor(name) for name in list(file.keys()) if name.startswith(prefix)}
+                # a part of a file is held for long; uncopied, what lies beside it in the mapped file would be too
+                return {name: tensor.clone() for name, tensor in found.items()} if prefix else found
         except (OSError, SafetensorError) as error:
             raise StoreError(f"{path} cannot be read ({error}); delete it and run again") from error
 

@@ -257,11 +257,11 @@ class Checkpoint:
 
     def release_names(self, names: list[str]) -> None:
         """As in `Weights`: back to the meta device; buffers stay."""
-        parameters = dict(self.model.named_parameters())
         for name in names:
-            if name in parameters:
+            tensor = self._parameter(name)
+            if isinstance(tensor, nn.Parameter):
                 module, _, leaf = name.rpartition(".")
-                empty = nn.Parameter(parameters[name].to("meta"), requires_grad=False)
+                empty = nn.Parameter(tensor.to("meta"), requires_grad=False)
                 setattr(self.model.get_submodule(module), leaf, empty)
         self.model.tie_weights()
 
