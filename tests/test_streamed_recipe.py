@@ -170,6 +170,6 @@ def test_results_are_known_by_the_sides_that_were_taken(
 
 
 def test_auto_is_decided_before_it_is_used() -> None:
-    open_, both, one = (TwoSidedSVD(sided=each) for each in ("auto", "both", "input"))  # type: ignore[arg-type]
+    open_, both, one = (TwoSidedSVD(sided=each) for each in ("auto", "both", "input"))
     assert TwoSidedSVD() == open_ and open_.settled(True) == both and open_.settled(False) == one
     assert [each.settled(backwards) for each in (both, one) for backwards in (True, False)] == [both, both, one, one]

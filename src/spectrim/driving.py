@@ -137,7 +137,8 @@ def forget_states(run: Driven, upstream: Callable[[int], str | None] | None = No
     if run.windows is not None:
         batches = len(run.windows.split(run.asked.calibrate.batch))
         distributed.barrier()
-        for block in range(run.structure.count) if distributed.first() else ():
+        # also those leaving the last block, which the dense stream of a second pass comes to
+        for block in range(run.structure.count + 1) if distributed.first() else ():
             _files(run, upstream).remove(block, batches)
         if distributed.first():
             clear(streams_of(run.store))
