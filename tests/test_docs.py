@@ -81,6 +81,7 @@ def test_the_plan_of_a_large_model_is_what_the_page_says() -> None:
     assert set(said["notes"]) <= set(lines)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("folder")
 def test_quickstart_runs() -> None:
     assert run_document("docs/quickstart.md") >= 7
@@ -111,6 +112,7 @@ def test_add_a_method_runs_and_its_recipe_is_valid(monkeypatch: pytest.MonkeyPat
     assert registry.build("decomposer", registry.decomposers(), "peak_weighted_svd", group.decompose[0].settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["compress_and_load.py", "mixed_recipe.py"])
 def test_examples_run(
     script: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture

@@ -94,6 +94,7 @@ def test_nothing_is_written_where_nothing_is_measured(llama_dir: Path, tmp_path:
     assert drawn == []
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_in_two_processes_the_first_one_writes(tmp_path: Path) -> None:
     from safetensors.torch import save_file

@@ -138,6 +138,7 @@ def launched(world: int, folder: Path) -> list[dict[str, torch.Tensor]]:
     return [load_file(folder / f"{rank}.safetensors") for rank in range(world)]
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
     alone: dict[str, Any] = {"__name__": "alone"}
