@@ -10,21 +10,24 @@ FLOOR := .venv-floor
 demo: $(VENV)/.installed
 	$(VENV)/bin/spectrim demo
 
+# One process a core, each with one thread; plain `pytest` runs them one after the other.
+TESTS := -n auto --dist worksteal
+
 test: $(VENV)/.installed
-	$(VENV)/bin/pytest
+	$(VENV)/bin/pytest $(TESTS)
 
 check: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/mypy
-	$(VENV)/bin/pytest
+	$(VENV)/bin/pytest $(TESTS)
 
 bench: $(VENV)/.installed
 	$(VENV)/bin/python -m benchmarks.run
 
 # The default tests again, with the oldest transformers supported.
 test-floor: $(FLOOR)/.installed
-	$(FLOOR)/bin/pytest -m "not slow and not gpu"
+	$(FLOOR)/bin/pytest $(TESTS) -m "not slow and not gpu"
 
 # Caches and build output. The environments stay: remove .venv and .venv-floor by hand to make them anew.
 clean:
