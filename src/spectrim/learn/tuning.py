@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from spectrim.core import heap
 from spectrim.core.finetuner import Session
 from spectrim.core.progress import Progress, silent
 from spectrim.data.instructions import IGNORED, Row, collate
@@ -211,6 +212,7 @@ class _Hooks(TrainerCallback):
         self.session.moved(state.global_step, state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        heap.give_back()  # what a step freed lies between adapters, and the next step would grow beside it
         self.progress(self.stage, state.global_step, state.max_steps)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
