@@ -1,7 +1,7 @@
 """Our own recipe against whitened SVD on one generated model of 106 M parameters: processor seconds and peak memory.
 
-Both calibrate on the same windows, half of the recipes' own number at the model's full length, decompose every matrix
-and write a checkpoint, `whitened` in pivot form too. Each repeat runs all of them in turn; a run takes minutes, so one
+Both calibrate on the same windows, the recipes' own number at the model's full length, decompose every matrix and
+write a checkpoint, `whitened` in pivot form too. Each repeat runs all of them in turn; a run takes minutes, so one
 repeat is the default. `details` has the seconds of each stage: `calibrate` holds both passes of `spectrim`.
 """
 
@@ -25,7 +25,7 @@ RATIO = 0.2
 WITHIN = Bound("at most", 4.0)
 BASE = "whitened"
 RECIPES = ("spectrim",)
-SEQUENCES, LENGTH = 64, 512
+SEQUENCES, LENGTH = 128, 512
 
 
 def measure(
