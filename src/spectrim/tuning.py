@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_WINDOW = 2048
 # Activations come and go at every step: of pieces above this glibc's heap would hold as much again as is used.
-TRAINING = 2**18
+TRAINING = 2**16
 # Part of the key that checkpoints lie under: raise it when what they hold changes its meaning.
 VERSION = 1
 
