@@ -21,9 +21,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("calibrate", "learn", "measure.evaluate", "measure.speed"),
     ("methods", "finetune"),
     (
-        "recipe", "jobs", "stored", "needs", "settling", "lean", "driving", "run", "second", "towards", "strength",
-        "owntext", "planning", "timing", "finished", "sizes", "searching", "starting", "pipeline", "estimate", "saving",
-        "tuning", "recovery",
+        "recipe", "jobs", "stored", "storage", "needs", "settling", "lean", "driving", "run", "second", "towards",
+        "strength", "owntext", "planning", "timing", "finished", "sizes", "searching", "starting", "pipeline",
+        "estimate", "saving", "tuning", "recovery",
     ),
     ("measure.compare", "measure.curve", "measure.plot", "measure.apart", "measure.zero_shot", "measure.report"),
     ("cli", "commands", "show", "__main__", "__init__"),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from spectrim import needs, sizes
+from spectrim import needs, sizes, storage
 from spectrim.core import plan as plans
 from spectrim.core.plan import Plan
 from spectrim.jobs import Job, allocate_early, plan_jobs
@@ -210,10 +210,10 @@ def work_bytes(setting: needs.Setting, later: bool) -> int:
     second = asked.sequential and (TRIED if asked.target == "mix" and asked.mix == "auto" else 1)
     passes = (later or not asked.sequential) + second
     instead = second * 4 * sum(part.parameters for part in setting.parts()) if asked.paired else 0
-    candidates = sum(needs.stored_bytes(job, target) for job in jobs for target in job.targets)
-    trained = sum(needs.trained_bytes(job, target) for job in jobs for target in job.targets if job.allocator.learns)
+    candidates = sum(storage.stored_bytes(job, target) for job in jobs for target in job.targets)
+    trained = sum(storage.trained_bytes(job, target) for job in jobs for target in job.targets if job.allocator.learns)
     passes += TRIALS if asked.shrink == "auto" else 0
-    return passes * (candidates + sum(needs.kept_statistics(jobs).values())) + instead + trained
+    return passes * (candidates + sum(storage.kept_statistics(jobs).values())) + instead + trained
 
 
 def _by_stage(setting: needs.Setting, stages: Mapping[str, Any], disk: Mapping[str, int]) -> dict[str, int]:

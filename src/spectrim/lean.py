@@ -18,7 +18,8 @@ from typing import Any
 from spectrim.core.plan import Target
 from spectrim.core.store import StoreError
 from spectrim.jobs import Job
-from spectrim.needs import kept_statistics, shown, spectrum_bytes, statistics_of, stored_bytes
+from spectrim.needs import shown
+from spectrim.storage import kept_statistics, spectrum_bytes, statistics_of, stored_bytes
 
 logger = logging.getLogger(__name__)
 
