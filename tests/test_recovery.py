@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -27,6 +28,7 @@ from spectrim.pipeline import Result
 from spectrim.recipe import RecipeError
 from tests.conftest import letters, tree_hash
 from tests.families import FAMILIES
+from tests.processes import compressed_together
 
 LENGTH, BATCH = 24, 8
 STEP = LENGTH * BATCH
@@ -130,6 +132,25 @@ def test_what_is_no_better_is_not_taken(
     assert tree_hash(tmp_path / "out", *described) == tree_hash(tmp_path / "once", *described)
     again = spectrim.compress(llama_dir, asked, text=str(story), out=tmp_path / "out")
     assert again.summary == made.summary
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_tune_as_one(llama_dir: Path, story: Path, tmp_path: Path) -> None:
+    """Every rate is tried on the same batches, halved between them; both judge, one writes."""
+    save_file({"ids": torch.zeros(1, LENGTH, dtype=torch.int64)}, tmp_path / "windows.safetensors")
+    run = {"model": llama_dir, "recipe": recipe_of(tmp_path), "text": str(story), "tokens": 40 * STEP}
+    compressed_together(tmp_path, [{**run, "out": tmp_path / "two"}])
+    made = spectrim.compress(**run, out=tmp_path / "one")
+    one = made.summary["recovery"]
+    two = json.loads((tmp_path / "two" / "spectrim.json").read_text(encoding="utf-8"))["recovery"]
+    assert one["learning_rate"] == two["learning_rate"] and one["tokens"] == two["tokens"] and two["accepted"]
+    assert one["tries"].keys() == two["tries"].keys()
+    for rate, loss in one["tries"].items():
+        assert two["tries"][rate] == pytest.approx(loss, rel=1e-3)
+    assert two["accept"]["after"]["kl"] == pytest.approx(one["accept"]["after"]["kl"], rel=1e-3)
+    assert loading.read_layout(tmp_path / "one") == loading.read_layout(tmp_path / "two")
+    assert not (tmp_path / "two.work" / "recovery").exists()
 
 
 def test_too_little_text_to_choose_or_accept_on(
