@@ -121,6 +121,11 @@ def test_there_is_something_to_test() -> None:
 
 
 @EACH
+def test_it_says_whether_right_is_stored(name: str) -> None:
+    assert DECOMPOSERS[name]().keeps_right == ("right" in decomposed(name, weights()["wide"]).tensors())
+
+
+@EACH
 def test_a_decomposer_is_one(name: str) -> None:
     method = DECOMPOSERS[name]()
     assert isinstance(method, Decomposer)

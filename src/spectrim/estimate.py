@@ -204,7 +204,7 @@ def work_bytes(setting: needs.Setting, later: bool) -> int:
 
     later: some group is allocated after its candidates are made. A second pass makes candidates again, and one towards
     the dense model keeps the matrices that it decomposes in the place of the weights; so does each share that is tried.
-    Each strength of shrinking that is tried makes them again.
+    Each strength of shrinking that is tried makes them again. Gradients are always those of the original model.
     """
     jobs, asked = setting.jobs, setting.recipe.calibrate
     second = asked.sequential and (TRIED if asked.target == "mix" and asked.mix == "auto" else 1)
@@ -213,7 +213,9 @@ def work_bytes(setting: needs.Setting, later: bool) -> int:
     candidates = sum(storage.stored_bytes(job, target) for job in jobs for target in job.targets)
     trained = sum(storage.trained_bytes(job, target) for job in jobs for target in job.targets if job.allocator.learns)
     passes += TRIALS if asked.shrink == "auto" else 0
-    return passes * (candidates + sum(storage.kept_statistics(jobs).values())) + instead + trained
+    kept = storage.kept_statistics(jobs)
+    of_the_model = sum(size for (_, statistic), size in kept.items() if statistic.where == "gradient")
+    return passes * (candidates + sum(kept.values()) - of_the_model) + of_the_model + instead + trained
 
 
 def _by_stage(setting: needs.Setting, stages: Mapping[str, Any], disk: Mapping[str, int]) -> dict[str, int]:

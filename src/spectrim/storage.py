@@ -27,12 +27,13 @@ def stored_bytes(job: Job, target: Target) -> int:
     """
     if budget.is_ffn(target):
         return 16 * target.channels + HEADER
-    (part,), kinds = target.parts, job.decomposers[target.name].kinds
+    (part,), decomposer = target.parts, job.decomposers[target.name]
+    kinds = decomposer.kinds
     directions, entries = units_of(part, kinds)
     if "rank" not in kinds:  # place and score, of all entries
         return entries * (8 if entries <= torch.iinfo(torch.int32).max else 12) + HEADER
     of_left = directions if job.allocator.learns else min(directions, budget.largest_rank(job.format, part))
-    factors = 4 * part.out_features * of_left
+    factors = 4 * (part.out_features + (part.in_features if decomposer.keeps_right else 0)) * of_left
     if "entry" in kinds:  # right by itself; of entries place, value and score
         return factors + (4 * part.in_features + 8) * directions + 16 * entries + HEADER
     return factors + spectrum_bytes(target)

@@ -61,6 +61,11 @@ class Decomposer(Protocol):
         return self.kinds == ("rank",)
 
     @property
+    def keeps_right(self) -> bool:
+        """Whether right of its candidates is not leftᵀ W, so is stored beside left."""
+        return False
+
+    @property
     def adds_bias(self) -> bool:
         """Whether what it makes of a module has a bias, also where the dense one lacks it."""
         return False

@@ -66,6 +66,11 @@ class TwoSidedSVD(Decomposer):
         return (Gram(),) if self.sided == "input" else (Gram(), Tokens(), self._fisher)
 
     @property
+    def keeps_right(self) -> bool:
+        """With a metric of the outputs."""
+        return self.sided != "input"
+
+    @property
     def _fisher(self) -> OutputFisher:
         return OutputFisher(self.every)
 
