@@ -257,16 +257,17 @@ def _of_a_block(setting: Setting) -> int:
 def _of_a_step(setting: Setting) -> int:
     """What the second pass towards the dense model holds of the largest matrix' step, in float64.
 
-    Its Gram, that with a ridge and its factor; of each matrix of the step what is aimed at on its inputs, and of one of
-    them the weight, what it misses, and what is decomposed in its place.
+    Its Gram, that with a ridge and its factor, and a sum of the inputs' size or of a matrix'; and of one matrix the
+    weight, what it misses, and what is decomposed in its place.
     """
     found: dict[str, list[Part]] = {}
     for part in setting.parts():
         found.setdefault(part.input, []).append(part)
-    return max(
-        8 * (3 * parts[0].in_features ** 2 + sum(p.parameters for p in parts) + 3 * max(p.parameters for p in parts))
-        for parts in found.values()
-    )
+    sizes = []
+    for parts in found.values():
+        outputs, width = sum(p.out_features for p in parts), parts[0].in_features
+        sizes.append(3 * width**2 + width * min(width, 2 * outputs) + 3 * max(p.parameters for p in parts))
+    return 8 * max(sizes)
 
 
 def _activations(setting: Setting, tokens: int) -> int:

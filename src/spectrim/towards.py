@@ -188,7 +188,7 @@ class _Pass:
         for part in target.parts:
             weight = self.run.weights(target)[part.module].to(self.run.device)
             gram = measured.statistics.inputs[part.input][Gram()]
-            made = pulled(weight, gram, measured.missed[part.module], self.share, asked.ridge)
+            made = pulled(weight, gram, measured.of(part, weight), self.share, asked.ridge)
             found[part.module] = made.to(torch.promote_types(weight.dtype, torch.float32))
         return found
 

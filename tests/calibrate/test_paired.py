@@ -109,10 +109,8 @@ def test_a_step_measures_what_whole_models_give(name: str, residual: bool) -> No
         measured = step.measure({target: (Gram(),) for target in step.targets})
         for target in step.targets:
             (part,) = target.parts
-            found = measured.missed[part.module]
-            assert (
-                found.shape == oriented(model.get_submodule(part.module), model.get_submodule(part.module).weight).shape
-            )
+            found = measured.of(part, oriented(module := model.get_submodule(part.module), module.weight))
+            assert found.shape == (part.out_features, part.in_features) and found.dtype == torch.float64
             right = expected(model, structure, target, done, residual)
             torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4 * float(right.abs().max()))
             x = seen(model, structure, done)[f"{part.module} in"].double()
@@ -139,7 +137,9 @@ def test_how_many_sequences_run_at_once_changes_rounding_alone() -> None:
         pair, structure = paired(model, True, batch)
         inside = [structure.of_block(index) for index in range(structure.count)]
         steps = pair.steps(inside)
-        found.append({m: c for step in steps for m, c in step.measure({}).missed.items()})
+        measured = [step.measure({}) for step in steps]
+        found.append({name: cross for each in measured for name, cross in {**each.missed, **each.moved}.items()})
+        assert len(found[-1]) == 4 * structure.count, "one a step"
     for module, cross in found[0].items():
         torch.testing.assert_close(cross, found[1][module], rtol=1e-4, atol=1e-4)
 

@@ -8,21 +8,22 @@ modules; the compressed one gives the inputs x′, the dense one the outputs tha
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from spectrim.calibrate.collect import BlockStatistics, Collector, Wanted, portion, without_dropout
+from spectrim.calibrate.missed import Missed, seen_of
 from spectrim.calibrate.states import States
 from spectrim.calibrate.statistics import Statistic
 from spectrim.calibrate.streamed import enter, moved
 from spectrim.core import distributed, heap
-from spectrim.core.plan import Target
+from spectrim.core.plan import Part, Target
 from spectrim.core.progress import Progress, silent
 from spectrim.model import blocks
 from spectrim.model.blocks import Batch, Call
@@ -35,14 +36,24 @@ ADDED = ("o", "down")
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one step: statistics of the compressed stream, and by module Σ (t − W x′) x′ᵀ, out × in, float64.
+    """Of one step: statistics of the compressed stream, and what the dense weights W miss on its inputs x′, float64.
 
-    t is what the dense stream says the module's output should be, W x′ what the dense weight makes of its inputs. What
-    W misses is small beside t: products of a batch in float32 (float64 in a float64 model) lose nothing of it.
+    missed: by module Σ (t − W x′) x′ᵀ, out × in, t what the dense stream says the module's output should be. Where that
+    is what W makes of the inputs x there, it is W Σ (x − x′) x′ᵀ; moved: that sum by input, in × in, which the modules
+    that read the input share. Differences are small beside what they are of: products of a batch in float32 (float64 in
+    a float64 model) lose nothing of them.
     """
 
     statistics: BlockStatistics
     missed: Mapping[str, Float[Tensor, "out in"]]
+    moved: Mapping[str, Float[Tensor, "width width"]]
+
+    def of(self, part: Part, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """Σ (t − W x′) x′ᵀ of one matrix, float64; weight: W."""
+        if part.module in self.missed:
+            return self.missed[part.module]
+        moved = self.moved[part.input]
+        return weight.to(moved) @ moved
 
 
 @dataclass(frozen=True)
@@ -69,10 +80,6 @@ class Step:
     last: bool
     targets: tuple[Target, ...]
     measure: Callable[[Mapping[Target, tuple[Statistic, ...]]], Measured]
-
-
-class _Enough(Exception):
-    """Raised in a block when all that a step watches has been seen."""
 
 
 @dataclass
@@ -211,9 +218,17 @@ class _Block:
             for name, module in before.items():
                 self.model.set_submodule(name, module)
 
+    def _from(self, states: States, i: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """What enters the block, and what runs it."""
+
+        def run(state: Tensor) -> Tensor:
+            return blocks.run(self.model.get_submodule(self.prefix), state, moved(self.calls[i], self.of.device))
+
+        return states.get(self.index, i).to(self.of.device), run
+
     def _run(self, states: States, i: int, known: Tensor | None = None) -> Tensor:
-        state = states.get(self.index, i).to(self.of.device) if known is None else known
-        return blocks.run(self.model.get_submodule(self.prefix), state, moved(self.calls[i], self.of.device))
+        state, run = self._from(states, i)
+        return run(state if known is None else known)
 
     @torch.no_grad()
     def answers_tuple(self) -> bool:
@@ -251,11 +266,17 @@ class _Block:
         """By role, the modules whose outputs are added to the residual stream."""
         return {t.role: t.parts[0].module for t in self.of.structure.of_block(self.index) if t.role in ADDED}
 
+    def _ends(self, parts: Sequence[Part]) -> dict[str, list[str]]:
+        """Those of the modules whose output joins the residual stream, and what is added to it before them."""
+        added = self._added() if self.residual else {}
+        before = {"o": [], "down": [added["o"]]} if added else {}
+        return {module: before[role] for role, module in added.items() if module in {part.module for part in parts}}
+
     @torch.no_grad()
     def adds_up(self, needed: bool) -> bool:
         """Whether the block's output is its input and what `o` and `down` give; ValueError where it is needed so."""
         added = self._added()
-        with without_dropout(self.model), _outputs(self.model, added.values()) as seen:
+        with without_dropout(self.model), seen_of(self.model, added.values()) as seen:
             i = min(self.calls)
             before = self.of.dense.get(self.index, i).to(self.of.device)
             after = self._run(self.of.dense, i, before)
@@ -277,116 +298,24 @@ class _Block:
     @torch.no_grad()
     def _measure(self, targets: Sequence[Target], wanted: Mapping[Target, tuple[Statistic, ...]], on: bool) -> Measured:
         of, structure = self.of, self.of.structure
-        collector = Collector(self.model, self.prefix, structure.of_block(self.index), Wanted(wanted), of.device)
-        missed = _Missed(self, targets)
+        asked = Wanted(wanted)
+        collector = Collector(self.model, self.prefix, structure.of_block(self.index), asked, of.device)
+        read = {module for each in asked.inputs().values() for module in each.values()}
+        parts = [part for target in targets for part in target.parts]
+        missed = Missed(self.model, parts, self._ends(parts), read, of.device)
         on = on and not self.advanced
         with without_dropout(self.model):
             for i, batch in of.own.items():
-                output = missed.dense(i, on)
+                output = missed.dense(*self._from(of.dense, i), on)
                 if output is not None:
                     self.leave(i, output)
                 collector.mask, collector.sequences = batch.mask, len(batch.ids)
                 with self._compressed(), collector:
-                    missed.compressed(i, batch)
+                    missed.compressed(*self._from(of.compressed, i), batch)
                 collector.handles.clear()
                 heap.give_back()
         self.advanced = self.advanced or on
-        sums = {name: distributed.add_up(missed.sums[name]) for name in sorted(missed.sums)}
-        return Measured(collector.result(), sums)
-
-
-class _Missed:
-    """Σ (t − W x′) x′ᵀ of the modules of a step; batch by batch first the dense stream, then the compressed one."""
-
-    def __init__(self, block: _Block, targets: Sequence[Target]):
-        self.block = block
-        self.parts = {part.module: part for target in targets for part in target.parts}
-        self.sums = {
-            name: torch.zeros(part.out_features, part.in_features, dtype=torch.float64, device=block.of.device)
-            for name, part in self.parts.items()
-        }
-        self.added = block._added() if block.residual else {}
-        # those of the step's modules whose output joins the residual stream, and what is added before them
-        self.before = {"o": [], "down": [self.added["o"]]} if self.added else {}
-        self.ends = {module: self.before[role] for role, module in self.added.items() if module in self.parts}
-        self.wanted: dict[str, Tensor] = {}
-
-    def dense(self, i: int, on: bool) -> Tensor | None:
-        """Note what the outputs should be; where they are to repair the residual stream, up to what it is there.
-
-        on: run to the block's end, and give what leaves it.
-        """
-        watched = {*self.parts, *(module for before in self.ends.values() for module in before)}
-        state = self.block.of.dense.get(self.block.index, i).to(self.block.of.device)
-        with _outputs(self.block.model, watched, stop=not on) as seen:
-            output = self._until_enough(self.block.of.dense, i, state)
-        self.wanted = {}
-        for name in self.parts:
-            wanted = seen[name]
-            if name in self.ends:
-                wanted = sum((seen[other].reshape(state.shape) for other in self.ends[name]), state) + wanted.reshape(
-                    state.shape
-                )
-            self.wanted[name] = wanted
-        return output if on else None
-
-    def compressed(self, i: int, batch: Batch) -> None:
-        """Add what the batch gives."""
-        model = self.block.model
-        state = self.block.of.compressed.get(self.block.index, i).to(self.block.of.device)
-        others = {module for before in self.ends.values() for module in before}
-        with _outputs(model, others) as seen, ExitStack() as stack:
-            left = set(self.parts)
-
-            def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-                def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-                    wanted = self.wanted.pop(name)
-                    if name in self.ends:
-                        wanted = wanted - sum((seen[other].reshape(state.shape) for other in self.ends[name]), state)
-                    missing, inputs = _real(wanted - output, batch), _real(args[0], batch)
-                    exact = torch.promote_types(inputs.dtype, torch.float32)
-                    self.sums[name] += missing.to(exact).T @ inputs.to(exact)
-                    left.discard(name)
-                    if not left:
-                        raise _Enough
-
-                return hook
-
-            for name in self.parts:
-                handle = model.get_submodule(name).register_forward_hook(watch(name))
-                stack.callback(handle.remove)
-            self._until_enough(self.block.of.compressed, i, state)
-
-    def _until_enough(self, states: States, i: int, state: Tensor) -> Tensor | None:
-        try:
-            return self.block._run(states, i, state)
-        except _Enough:
-            return None
-
-
-def _real(state: Tensor, batch: Batch) -> Float[Tensor, "tokens width"]:
-    """The states of real tokens, one a row."""
-    rows = state.reshape(-1, state.shape[-1])
-    return rows if batch.mask is None else rows[batch.mask.reshape(-1).to(rows.device)]
-
-
-@contextmanager
-def _outputs(model: nn.Module, names: Any, stop: bool = False) -> Iterator[dict[str, Tensor]]:
-    """The outputs of modules as they run, by name; stop: no further than all of them."""
-    seen: dict[str, Tensor] = {}
-    names = list(names)
-
-    def watch(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
-            seen[name] = output.detach().clone()  # a block may add to it in place
-            if stop and len(seen) == len(names):
-                raise _Enough
-
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_hook(watch(name)) for name in names]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
+        sums, moved = (
+            {name: distributed.add_up(found[name]) for name in sorted(found)} for found in (missed.sums, missed.moved)
+        )
+        return Measured(collector.result(), sums, moved)
