@@ -5,7 +5,7 @@ are few, for they only add to every block what they take: hidden states of all w
 files. Every run and every plan is a process of its own. Figures:
 
 - the peak beside imports over the bound of `memory.py`, with the activations of one batch, and the hidden states that
-  the limit leaves room for in memory, and over the limit itself;
+  the limit leaves room for in memory, and over the limit itself, then beside what a tiny run imports too;
 - the peak at three times the blocks over the other one;
 - measured over predicted, as in `predict.py`.
 
@@ -46,12 +46,13 @@ def cases_of(recipe: str, blocks: int, parameters: int, found: Found) -> list[Ca
     """The peak over its bound and over the limit, and what was predicted."""
     from spectrim.needs import parse_size
 
-    terms, used = bound_terms(found["predicted"]), found["measured"]["peak_over_imports"]
+    terms, peak = bound_terms(found["predicted"]), found["measured"]["peak_over_imports"]
     limits = {"bound": sum(terms.values()), "limit": parse_size(LIMIT)}
-    details = {"parameters": parameters, "peak_over_imports": used, "bound_terms": terms, **limits}
+    used = {"bound": peak, "limit": found["measured"]["memory"]}
+    details = {"parameters": parameters, "peak_over_imports": peak, "bound_terms": terms, **limits}
     name = f"{parameters / 1e9:.2f} B, {blocks} blocks, {recipe}"
     peaks = [
-        Case(f"{name}: peak / {what}", (used / size,), predict.THREADS, "ratio", WITHIN, details)
+        Case(f"{name}: peak / {what}", (used[what] / size,), predict.THREADS, "ratio", WITHIN, details)
         for what, size in limits.items()
     ]
     return [*peaks, *predict.cases_of(name, **found)]
