@@ -134,8 +134,9 @@ def cases_of(title: str, predicted: dict[str, Any], measured: dict[str, Any]) ->
     stages = predicted["stages"]
     guessed = {
         "memory": max(sum(stage["memory_bytes"].values()) for stage in stages.values()),
-        # given token windows are not stored
-        "disk": stages["decompose"]["disk_bytes"] - predicted["disk_bytes"].get("windows", 0),
+        # the output lies elsewhere, and given token windows are not stored
+        "disk": max(stage["disk_bytes"] for name, stage in stages.items() if name != "write")
+        - predicted["disk_bytes"].get("windows", 0),
     }
     if None not in predicted["seconds"].values():  # not where plans are tried on the model
         guessed["time"] = sum(predicted["seconds"].values())
