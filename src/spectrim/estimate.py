@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from spectrim import needs, sizes, storage
+from spectrim.core import heap
 from spectrim.core import plan as plans
 from spectrim.core.plan import Plan
 from spectrim.jobs import Job, allocate_early, plan_jobs
@@ -125,7 +125,7 @@ def estimate(
     disk = _disk(setting, plan, totals["total_after"], in_memory)
     seconds = {} if source.checkpoint is None or not time else predicted(source.checkpoint, setting, plan, device)
     fullest = max(stages.values(), key=lambda causes: sum(causes.values()))
-    imports = {"imports": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    imports = {"imports": heap.peak()}
     return Estimate(
         structure, jobs, plan, totals, imports | fullest, stages, disk, _by_stage(setting, stages, disk), seconds
     )  # fmt: skip

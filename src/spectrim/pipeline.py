@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import platform
-import resource
 import socket
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -370,5 +369,5 @@ def _facts(run: Run) -> dict[str, Any]:
         },
         "timings": {name: round(seconds, 4) for name, seconds in run.timings.seconds.items()},
         "peak_rss_bytes_until": run.timings.peaks,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_rss_bytes": heap.peak(),
     }

@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import resource
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -331,7 +330,7 @@ class Recovery:
         """Put the chosen model in its place, and remove what was made on the way. For one process alone."""
         assert parameters(chosen)["total"] == summary["parameters"]["total_after"], "tuning keeps every parameter"
         timings = {name: round(seconds, 4) for name, seconds in self.run.timings.seconds.items()}
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = heap.peak()
         with new_directory(out, overwrite) as directory:
             shutil.copytree(chosen, directory, dirs_exist_ok=True)
             told = json.loads(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import resource
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
@@ -352,7 +351,7 @@ class Tuning:
             facts = {
                 "hardware": {"device": str(self.device), "threads": torch.get_num_threads()},
                 "timings": {name: round(seconds, 4) for name, seconds in self.timings.seconds.items()},
-                "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                "peak_rss_bytes": heap.peak(),
             }
             if distributed.rank() == 0:
                 with new_directory(self.out, overwrite) as directory:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of glibc's malloc.h
@@ -34,6 +36,19 @@ def small(least: int = _SMALL) -> Iterator[None]:
     finally:
         if mallopt is not None:
             mallopt(_MMAP_THRESHOLD, _ADAPTED)
+
+
+def peak() -> int:
+    """The most bytes of memory that this process has held at once.
+
+    On Linux VmHWM rather than ru_maxrss, which also counts what the parent held before this program began.
+    """
+    if sys.platform == "linux":
+        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    # macOS counts bytes, the others KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def of_machine() -> int:

@@ -8,7 +8,6 @@ high-water mark of the process that started it.
 from __future__ import annotations
 
 import multiprocessing
-import resource
 import signal
 import sys
 import time
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 
 from spectrim import pipeline
+from spectrim.core import heap
 from spectrim.core.progress import Progress
 
 
@@ -80,12 +80,7 @@ def _child(send: Connection, options: Mapping[str, Any], threads: int) -> None:
         return
     seconds = time.perf_counter() - started
     on_device = None if device.type != "cuda" else torch.cuda.max_memory_allocated(device)
-    send.send(("done", made.summary, seconds, _peak(), on_device))
-
-
-def _peak() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+    send.send(("done", made.summary, seconds, heap.peak(), on_device))
 
 
 def _ending(code: int | None) -> str:
