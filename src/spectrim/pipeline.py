@@ -7,7 +7,7 @@ import platform
 import socket
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -112,7 +112,7 @@ def compress(
             asked = asked if aim is None else sizes.scaled(asked, aim.first() / sizes.GRID)
             start = Start(source, structure, text, limit, out, available)
             begun = start.begun(asked)
-    with _store(work, out) as store:
+    with _store(work, out) as store, nullcontext() if limit is None else heap.small(heap.TIGHT):
         with distributed.alike():
             shown = progress if distributed.first() else silent
             with timings.stage("text"):
