@@ -79,6 +79,16 @@ def test_equal_tensors_of_two_calls_are_held_once() -> None:
     assert different.kwargs["mask"] is not a[0].kwargs["mask"]
 
 
+@pytest.mark.parametrize("family, kinds", [("llama", 1), ("gemma2", 2)])
+def test_blocks_that_are_called_alike_share_one_call_in_every_batch(family: str, kinds: int) -> None:
+    model = FAMILIES[family].make()
+    structure = targets.find(model)
+    ids = torch.randint(1, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
+    first, second = (blocks.record(model, structure, Batch(batch[None]))[1] for batch in ids)
+    assert structure.count == 2 and len({id(call) for call in first}) == kinds
+    assert len({id(call) for call in blocks.deduplicated(second, first)}) == kinds
+
+
 class _Twice(PreTrainedModel):
     """Calls only the first of its blocks."""
 

@@ -14,7 +14,7 @@ from torch import Tensor
 Kind = Literal["rank", "column", "channel", "head", "entry"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Part:
     """One weight matrix: `module` computes y = W x with W of out_features × in_features.
 
@@ -34,7 +34,7 @@ class Part:
         return self.out_features * self.in_features
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Target:
     """Something that can be compressed: one matrix, or several that shrink together; `blocks` are their indices.
 
@@ -78,7 +78,7 @@ class Units:
         return self.cost
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Choice:
     """What one target becomes: the format of each of its modules, and how many units of each kind stay.
 

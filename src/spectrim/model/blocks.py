@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from transformers import PreTrainedModel
 
+from spectrim.core import heap
 from spectrim.core.plan import Target
 from spectrim.model.targets import Structure
 
@@ -30,7 +31,7 @@ class Batch:
     mask: Bool[Tensor, "batch length"] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Call:
     """Everything a block is called with beside its hidden state."""
 
@@ -109,7 +110,8 @@ def _record(model: PreTrainedModel, structure: Structure, inputs: dict[str, Any]
 
     def note(state: Tensor, call: Call) -> None:
         states.append(state)
-        calls.append(call)
+        # most models call all their blocks alike: one object then stands for hundreds, in every batch
+        calls.append(calls[-1] if calls and _alike(call, calls[-1]) else call)
         if len(calls) == structure.count:
             raise _Finished
 
@@ -167,7 +169,22 @@ def deduplicated(calls: list[Call], known: list[Call] | None) -> list[Call]:
     """`calls`, with every tensor that equals its counterpart in `known` replaced by that one, to hold it once."""
     if known is None:
         return calls
-    return [_share(call, other) for call, other in zip(calls, known, strict=True)]
+    shared: dict[tuple[int, int], Call] = {}
+    for call, other in zip(calls, known, strict=True):
+        pair = (id(call), id(other))
+        if pair not in shared:
+            shared[pair] = _share(call, other)
+    return [shared[id(call), id(other)] for call, other in zip(calls, known, strict=True)]
+
+
+def _alike(call: Call, other: Call) -> bool:
+    """Whether both hold the same tensors, the very same ones, and equal plain values."""
+    leaves, spec = tree_flatten((call.args, call.kwargs))
+    others, other_spec = tree_flatten((other.args, other.kwargs))
+    plain = (bool, int, float, str, torch.dtype)
+    return spec == other_spec and all(
+        a is b or (isinstance(a, plain) and type(a) is type(b) and a == b) for a, b in zip(leaves, others, strict=True)
+    )
 
 
 def _share(call: Call, known: Call) -> Call:
@@ -188,6 +205,11 @@ def share_inputs(model: PreTrainedModel, structure: Structure) -> Structure:
     Found by tensor identity in a copy of the model without weights: blocks on the meta device, one short sequence of
     zeros before them. Where a block cannot run there (experts chosen by data), what was not reached keeps its own key.
     """
+    keys = _input_keys(model, structure)  # the copy is gone before what stays is made: it would lie between its pieces
+    return replace(structure, targets=_keyed(structure.targets, keys), ffns=_keyed(structure.ffns, keys))
+
+
+def _input_keys(model: PreTrainedModel, structure: Structure) -> dict[str, str]:
     copied = _weightless(model, structure)
     embedding = model.get_input_embeddings().weight
     assert isinstance(embedding, Tensor)
@@ -198,7 +220,7 @@ def share_inputs(model: PreTrainedModel, structure: Structure) -> Structure:
     for index, call in enumerate(calls):
         names = {t.parts[0].module for t in structure.of_block(index)}
         keys |= _keys_of_block(copied, structure.block(index), names, state.to("meta"), _to_meta(call))
-    return replace(structure, targets=_keyed(structure.targets, keys), ffns=_keyed(structure.ffns, keys))
+    return keys
 
 
 def _keyed(targets: Sequence[Target], keys: Mapping[str, str]) -> tuple[Target, ...]:
@@ -207,6 +229,7 @@ def _keyed(targets: Sequence[Target], keys: Mapping[str, str]) -> tuple[Target, 
     )
 
 
+@heap.small(heap.TIGHT)  # as in `checkpoint.skeleton`
 def _weightless(model: PreTrainedModel, structure: Structure) -> PreTrainedModel:
     """A new model of the same configuration: blocks and embeddings on the meta device, the rest made of zeros."""
     with init_empty_weights(include_buffers=False):

@@ -24,6 +24,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as hf_logging
 
+from spectrim.core import heap
 from spectrim.model import modules
 from spectrim.model.files import file_hash, keys, read_config, refuse_quantized, stored_dtype, weight_files
 from spectrim.model.prefetch import Ahead
@@ -73,6 +74,8 @@ class Weights(Protocol):
         ...
 
 
+# each weight is allocated for a moment, and in the heap would leave a hole that tensors of a run then fill
+@heap.small(heap.TIGHT)
 def skeleton(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model without weights: parameters on the meta device, buffers real (rotary tables and the like)."""
     with init_empty_weights(include_buffers=False):
