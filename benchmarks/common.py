@@ -167,6 +167,23 @@ def peak_bytes() -> int:
     return int(_field(Path("/proc/self/status"), "VmHWM").removesuffix("kB")) * 1024
 
 
+def program_bytes() -> int:
+    """Pages of programs and libraries that lie in memory: more with every part that runs for the first time.
+
+    They lie in files, are shared by all processes and can be dropped at any moment.
+    """
+    found, program = 0, False
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+        fields = line.split()
+        if not fields[0].endswith(":"):  # a mapping: addresses, permissions, offset, device, inode, and what is mapped
+            program = len(fields) > 5 and (
+                ".so" in Path(fields[5]).name or fields[5] == os.path.realpath(sys.executable)
+            )
+        elif program and fields[0] in ("Rss:", "Anonymous:"):
+            found += int(fields[1]) * (1 if fields[0] == "Rss:" else -1)
+    return found * 1024
+
+
 def write(path: Path, content: Mapping[str, Any]) -> None:
     """Write a result file."""
     path.parent.mkdir(parents=True, exist_ok=True)

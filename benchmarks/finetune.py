@@ -2,8 +2,9 @@
 
 A Llama of random weights is written to disk, and the same with random factors in place of its matrices, of the ranks
 that a uniform plan gives: memory does not depend on their values. `spectrim.tune` (`rank_preserving`, LoRA on both
-factors of every matrix) tunes the second for a few steps in a fresh process, in float32; what that process holds once
-everything is imported is taken off its peak. The bound is the sum of what it has to hold:
+factors of every matrix) tunes the second for a few steps in a fresh process, in float32. What that process holds once
+everything is imported is taken off its peak, and so, here and in the bound, are pages of programs and libraries that
+are read from disk as parts of them run for the first time (`program`). The bound is the sum of what it has to hold:
 
 | term | bytes |
 | --- | --- |
@@ -102,7 +103,7 @@ def tuned(folder: Path, windows: tuple[int, int], steps: int) -> dict[str, Any]:
     import spectrim.finetune  # noqa: F401
     from spectrim import tuning
 
-    imports, stages = common.peak_bytes(), {}
+    imports, program, stages = common.peak_bytes(), common.program_bytes(), {}
 
     def progress(stage: str, done: int, total: int) -> None:
         stages[f"{stage} {done}"] = common.peak_bytes() - imports
@@ -111,7 +112,7 @@ def tuned(folder: Path, windows: tuple[int, int], steps: int) -> dict[str, Any]:
         folder / "compressed", str(folder / "words.txt"), folder / "tuned", "rank_preserving", steps=steps,
         batch_size=windows[0], window=windows[1], settings=[f"method.rank={RANK}"], progress=progress,
     )  # fmt: skip
-    found = {"imports": imports, "peak": common.peak_bytes(), "peak_over_imports_until": stages}
+    found = {**told(imports, program), "peak_over_imports_until": stages}
     losses = [entry["loss"] for entry in made.record["history"]]
     return {**found, "adapters": made.record["trainable_parameters"], "losses": losses, "timings": made.run["timings"]}
 
@@ -123,7 +124,7 @@ def lora(folder: Path, windows: tuple[int, int], steps: int) -> dict[str, Any]:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-    imports = common.peak_bytes()
+    imports, program = common.peak_bytes(), common.program_bytes()
     dense = AutoModelForCausalLM.from_pretrained(folder / "dense", dtype=torch.float32)
     # the type of task says which linear layer is the head, and no part of a block
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -137,7 +138,12 @@ def lora(folder: Path, windows: tuple[int, int], steps: int) -> dict[str, Any]:
         dataloader_pin_memory=False,
     )  # fmt: skip
     done = Trainer(model=model, args=arguments, train_dataset=rows).train()
-    return {"imports": imports, "peak": common.peak_bytes(), "adapters": count, "loss": done.training_loss}
+    return {**told(imports, program), "adapters": count, "loss": done.training_loss}
+
+
+def told(imports: int, program: int) -> dict[str, int]:
+    """What this process held after its imports and at its peak, and its program's pages that came between these."""
+    return {"imports": imports, "peak": common.peak_bytes(), "program": common.program_bytes() - program}
 
 
 def passed(folder: Path, windows: tuple[int, int], steps: int) -> dict[str, Any]:
@@ -152,10 +158,11 @@ def passed(folder: Path, windows: tuple[int, int], steps: int) -> dict[str, Any]
     ids = tokens(windows, model.config.vocab_size)
     entering = model.get_input_embeddings()(ids).requires_grad_()
     heap.give_back()
-    before = training.held_bytes()
+    before, program = training.held_bytes(), common.program_bytes()
     forget_peak()
     model(inputs_embeds=entering, labels=ids, use_cache=False).loss.backward()
-    return {"weights": before, "activations": common.peak_bytes() - before}
+    peak, program = common.peak_bytes(), common.program_bytes() - program
+    return {"weights": before, "activations": peak - before - program, "program": program}
 
 
 def without_holes() -> None:
@@ -199,10 +206,16 @@ def cases(shape: dict[str, Any], windows: tuple[int, int], steps: int, threads: 
         "activations": found["passed"]["activations"],
         "inputs_of_adapters": inputs(shape, layout, RANK, windows[0] * windows[1]),
     }
-    used, dense = (found[run]["peak"] - found[run]["imports"] for run in ("tuned", "lora"))
+    used, dense = (found[run]["peak"] - found[run]["imports"] - found[run]["program"] for run in ("tuned", "lora"))
     bound = sum(terms.values())
     facts = {"parameters": sizes, "peak_over_imports": used}
-    one = {**facts, "bound": bound, "bound_terms": terms, **found["tuned"]}
+    one = {
+        **facts,
+        "program_of_activations": found["passed"]["program"],
+        "bound": bound,
+        "bound_terms": terms,
+        **found["tuned"],
+    }
     other = {**facts, "dense_peak_over_imports": dense, "dense": found["lora"]}
     what = f"{sizes['dense'] / 1e6:.0f} M at ratio {RATIO:g}, {windows[0]} × {windows[1]} tokens"
     return [

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 
 import pytest
+import torch
 
-from benchmarks import finetune, memory
+from benchmarks import common, finetune, memory, training
 from tests.test_benchmarks import TINY
 
 SHAPE = {**TINY, "vocab_size": 256}
@@ -19,7 +21,7 @@ def test_tuning_is_measured_in_processes_of_their_own() -> None:
     assert [data["unit"] for data in made] == ["peak / bound", "peak / peak"]
     assert all(0 < data["value"] < math.inf and data["threads"] == 1 for data in made)
     one, other = (data["details"] for data in made)
-    assert one["peak"] - one["imports"] == one["peak_over_imports"] > 0
+    assert one["peak"] - one["imports"] - one["program"] == one["peak_over_imports"] > 0
     assert sum(one["bound_terms"].values()) == one["bound"] and one["bound_terms"]["activations"] > 0
     assert one["peak_over_imports_until"].keys() == {"tune 1", "tune 2"} and all(map(math.isfinite, one["losses"]))
     # what the bound counts is what was trained, of both models
@@ -30,7 +32,9 @@ def test_tuning_is_measured_in_processes_of_their_own() -> None:
     assert numbers["dense"] == 2 * sum(m * n for m, n in matrices) + 2 * 256 * 32 + 5 * 32
     assert one["bound_terms"]["weights"] == 4 * numbers["compressed"] < 4 * numbers["dense"]
     dense = other["dense"]
-    assert other["dense_peak_over_imports"] == dense["peak"] - dense["imports"] > 0 and math.isfinite(dense["loss"])
+    assert other["dense_peak_over_imports"] == dense["peak"] - dense["imports"] - dense[
+        "program"
+    ] > 0 and math.isfinite(dense["loss"])
 
 
 def test_adapters_and_their_inputs_are_counted() -> None:
@@ -41,3 +45,11 @@ def test_adapters_and_their_inputs_are_counted() -> None:
     assert finetune.adapters(layout, 8) == 8 * (30 + 10 + 10 + 20) + 3 * (30 + 3 + 3 + 20)
     # two blocks: 32 for q, k and v, 32 for o, 32 for gate and up, 48 for down
     assert finetune.inputs(TINY, layout, 8, 10) == 4 * 10 * (2 * (32 + 32 + 32 + 48) + (10 + 2 * 8) + (3 + 2 * 3))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")
+def test_pages_of_the_program_are_part_of_what_a_process_holds_and_tensors_are_not() -> None:
+    before = common.program_bytes()
+    held = torch.ones(2**26)
+    assert 0 < before < training.held_bytes() - held.nbytes
+    assert abs(common.program_bytes() - before) < held.nbytes // 8
