@@ -160,6 +160,35 @@ def test_what_there_is_no_room_for_is_run_again() -> None:
     assert everything("llama", True, 1000)[1] >= more
 
 
+def test_a_dense_stream_at_its_end_is_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    from spectrim.model import blocks
+
+    runs: list[int] = []
+    run = blocks.run
+
+    def counted(*args: Any) -> Tensor:
+        runs.append(1)
+        return run(*args)
+
+    monkeypatch.setattr(blocks, "run", counted)
+    model = FAMILIES["llama"].make()
+    names = [target.name for target in targets.find(model).targets]
+
+    def lost(dense: InMemory | None, changed: str) -> tuple[float, float, int]:
+        pair, structure = paired(model, residual=False)
+        runs.clear()  # of what found out which modules read one input
+        if dense is not None:
+            pair.dense, pair.ended = dense, bool(dense.held)
+        for step in pair.steps([structure.of_block(index) for index in range(structure.count)], through=True):
+            pair.installed |= {t.name: Changed(model.get_submodule(t.name)) for t in step.targets if t.name == changed}
+        found = pair.lost()
+        return found.kl, found.excess, len(runs)
+
+    first, second, dense = lost(None, names[0]), lost(None, names[-1]), InMemory()
+    assert first[0] != second[0] and lost(dense, names[0]) == first
+    assert lost(dense, names[-1]) == (*second[:2], second[2] // 2), "one stream of two"
+
+
 def test_steps_are_of_those_that_read_one_input() -> None:
     model = FAMILIES["llama"].make()
     structure = share_inputs(model, targets.find(model))

@@ -92,6 +92,7 @@ class Paired:
     residual: the outputs wanted of `o` and `down` are those that give the dense residual stream, whatever the
     compressed one has lost before them; auto: only in blocks where that is possible. kept: bytes of what parts of
     a block have answered that are kept beside the states, so that its later steps need not run them again.
+    ended: the dense stream's states are those at its end, where `lost` wants them; nothing can be measured then.
     """
 
     weights: Weights
@@ -106,6 +107,7 @@ class Paired:
     statistics: Sequence[Statistic] = ()
     tupled: bool = False
     kept: int = 0
+    ended: bool = False
 
     @property
     def own(self) -> dict[int, Batch]:
@@ -133,6 +135,7 @@ class Paired:
             if index < last:
                 self.weights.prefetch(self.structure.block(index + 1), self.device)
             block = _Block(self, index, prefix, dict(zip(self.own, (call[index] for call in calls), strict=True)))
+            block.advanced = self.ended
             if self.residual and inside[index] and self.own:
                 block.residual = block.adds_up(needed=self.residual is True)
             if through and index == first and self.own:
@@ -187,7 +190,8 @@ class Paired:
 
     def _enter(self, batch: int, state: Tensor) -> None:
         """Both streams begin alike."""
-        self.dense.put(0, batch, state)
+        if not self.ended:
+            self.dense.put(0, batch, state)
         self.compressed.put(0, batch, state.clone())
 
 
@@ -317,6 +321,7 @@ class _Block:
         wanted: Mapping[Target, tuple[Statistic, ...]],
         on: bool,
     ) -> Measured:
+        assert not self.of.ended
         of, structure = self.of, self.of.structure
         asked = Wanted(wanted)
         collector = Collector(self.model, self.prefix, structure.of_block(self.index), asked, of.device)
