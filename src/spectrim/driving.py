@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from spectrim.calibrate.collect import BlockStatistics, Wanted
 from spectrim.calibrate.paired import Paired
+from spectrim.calibrate.replayed import KEPT
 from spectrim.calibrate.resident import resident
 from spectrim.calibrate.states import InFiles, InMemory, clear
 from spectrim.calibrate.streamed import streamed
@@ -107,6 +108,7 @@ def paired(
     return Paired(
         run.source, run.structure, batches, run.device, of_dense, of_compressed, asked.residual_aware,
         run.progress, installed, [s for d in run.decomposers.values() for s in d.needs],
+        kept=KEPT if run.room is None else 0,
     )  # fmt: skip
 
 

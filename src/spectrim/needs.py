@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from spectrim.calibrate.replayed import KEPT as ANSWERS
 from spectrim.calibrate.sampling import together
 from spectrim.core import budget
 from spectrim.core.meter import KEPT
@@ -117,6 +118,8 @@ def moments(setting: Setting, hidden: int | None = None) -> dict[str, Causes]:
         found["calibrate: backwards"] = _backwards(setting)
     elif setting.measured:
         found |= _streamed(setting, setting.hidden_states if hidden is None else min(hidden, setting.hidden_states))
+        if hidden is None and setting.recipe.calibrate.paired:  # of a part of a block, as large as its states
+            found["calibrate: forwards"]["answers"] = min(ANSWERS, setting.hidden_states)
     held = {k: v for k, v in found.get("calibrate: forwards", {}).items() if k != "activations"}
     if setting.measured and setting.resident:
         held = {k: v for k, v in found["calibrate: backwards"].items() if k != "activations"}

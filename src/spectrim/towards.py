@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from spectrim import driving
 from spectrim.calibrate.collect import BlockStatistics
 from spectrim.calibrate.paired import Lost, Measured, Step, steps_of
+from spectrim.calibrate.states import InMemory
 from spectrim.calibrate.statistics import Gram, Statistic
 from spectrim.core import distributed
 from spectrim.core.linalg import pulled
@@ -60,7 +61,8 @@ def pass_towards_dense(run: Run, plan: Plan, first: Mapping[str, Candidate] | No
         share = 1.0 if asked.target == "dense" or asked.mix == "auto" else asked.mix
         made = _Pass(run, plan, share).go()
     if run.accept is not None and first is not None:
-        before, after = (divergence(run, *each, run.accept) for each in ((plan, dict(first)), made))
+        dense = InMemory()
+        before, after = (lost(run, *each, run.accept, dense).kl for each in ((plan, dict(first)), made))
         verdict = f"KL on the windows of accept: {after:.4g} after the second pass, {before:.4g} before it"
         if not after <= before:
             made, verdict = (plan, dict(first)), f"{verdict}; the first one stays"
@@ -100,10 +102,17 @@ def divergence(run: Run, plan: Plan, candidates: Mapping[str, Candidate], window
     return lost(run, plan, candidates, windows).kl
 
 
-def lost(run: Run, plan: Plan, candidates: Mapping[str, Candidate], windows: driving.Windows) -> Lost:
+def lost(
+    run: Run,
+    plan: Plan,
+    candidates: Mapping[str, Candidate],
+    windows: driving.Windows,
+    dense: InMemory | None = None,
+) -> Lost:
     """KL and excess loss of a plan on windows, block by block as `divergence`.
 
-    The factors are those that would be stored, in the dtype that is computed in.
+    The factors are those that would be stored, in the dtype that is computed in. dense: states of the dense model,
+    empty the first time; given again for the same windows, that model is not run again.
     """
     installed: dict[str, nn.Module] = {}
     live = Installed(run.source.model, run.structure, candidates, windows, 1)
@@ -112,6 +121,8 @@ def lost(run: Run, plan: Plan, candidates: Mapping[str, Candidate], windows: dri
     ]
     pair = driving.paired(run, installed, windows=windows)
     pair.residual = False
+    if dense is not None:
+        pair.dense, pair.ended = dense, bool(dense.held)
     for step in pair.steps(inside, through=True):
         for target, owner in zip(step.targets, run.dealt(step.targets), strict=True):
             installed |= live.built(target.name, plan.choices[target.name], owner)

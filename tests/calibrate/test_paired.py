@@ -96,7 +96,7 @@ def expected(
 
 
 @pytest.mark.parametrize("residual", [True, False])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "opt"])
 @torch.no_grad()
 def test_a_step_measures_what_whole_models_give(name: str, residual: bool) -> None:
     model = FAMILIES[name].make()
@@ -121,6 +121,72 @@ def test_a_step_measures_what_whole_models_give(name: str, residual: bool) -> No
         pair.installed |= made
     assert steps == sum(len(steps_of(of_block)) for of_block in inside) >= 4
     assert not any(isinstance(module, Changed) for module in model.modules()), "nothing stays swapped"
+
+
+def everything(name: str, residual: bool, kept: int) -> tuple[dict[str, Tensor], int]:
+    """All that a pass measures and the states that it ends with; how often matrices were multiplied."""
+    model = FAMILIES[name].make()
+    pair, structure = paired(model, residual)
+    pair.kept = kept
+    products: list[int] = []
+    for target in structure.targets:
+        model.get_submodule(target.name).register_forward_hook(lambda *_: products.append(1))
+    found: dict[str, Tensor] = {}
+    for step in pair.steps([structure.of_block(index) for index in range(structure.count)], through=True):
+        measured = step.measure({target: (Gram(),) for target in step.targets})
+        found |= {f"missed {key}": value for key, value in {**measured.missed, **measured.moved}.items()}
+        found |= {f"gram {key}": of[Gram()] for key, of in measured.statistics.inputs.items()}
+        pair.installed |= {target.name: Changed(model.get_submodule(target.name)) for target in step.targets}
+    found |= {f"dense {i}": pair.dense.get(structure.count, i) for i in pair.own}
+    found |= {f"compressed {i}": pair.compressed.get(structure.count, i) for i in pair.own}
+    return found, len(products)
+
+
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "opt", "falcon", "phi3"])
+def test_what_is_kept_of_a_block_changes_no_bit(name: str, residual: bool) -> None:
+    again, more = everything(name, residual, 0)
+    kept, fewer = everything(name, residual, 2**20)
+    assert again.keys() == kept.keys()
+    assert all(torch.equal(again[key], kept[key]) for key in again)
+    assert fewer < 0.75 * more
+
+
+def test_what_there_is_no_room_for_is_run_again() -> None:
+    again, more = everything("llama", True, 0)
+    some, fewer = everything("llama", True, 2 * 4 * 16 * 32 * 4)  # the answers of one batch in both streams
+    assert all(torch.equal(again[key], some[key]) for key in again)
+    assert everything("llama", True, 2**20)[1] < fewer < more
+    assert everything("llama", True, 1000)[1] >= more
+
+
+def test_a_dense_stream_at_its_end_is_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    from spectrim.model import blocks
+
+    runs: list[int] = []
+    run = blocks.run
+
+    def counted(*args: Any) -> Tensor:
+        runs.append(1)
+        return run(*args)
+
+    monkeypatch.setattr(blocks, "run", counted)
+    model = FAMILIES["llama"].make()
+    names = [target.name for target in targets.find(model).targets]
+
+    def lost(dense: InMemory | None, changed: str) -> tuple[float, float, int]:
+        pair, structure = paired(model, residual=False)
+        runs.clear()  # of what found out which modules read one input
+        if dense is not None:
+            pair.dense, pair.ended = dense, bool(dense.held)
+        for step in pair.steps([structure.of_block(index) for index in range(structure.count)], through=True):
+            pair.installed |= {t.name: Changed(model.get_submodule(t.name)) for t in step.targets if t.name == changed}
+        found = pair.lost()
+        return found.kl, found.excess, len(runs)
+
+    first, second, dense = lost(None, names[0]), lost(None, names[-1]), InMemory()
+    assert first[0] != second[0] and lost(dense, names[0]) == first
+    assert lost(dense, names[-1]) == (*second[:2], second[2] // 2), "one stream of two"
 
 
 def test_steps_are_of_those_that_read_one_input() -> None:

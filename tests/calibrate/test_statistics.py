@@ -127,6 +127,14 @@ def test_output_fisher_is_the_mean_of_outer_products_of_its_columns() -> None:
     torch.testing.assert_close(half, expected, rtol=1e-5, atol=1e-6)  # not by bfloat16's 4e-3
 
 
+@pytest.mark.parametrize("outputs", [255, 256, 257, 600])
+def test_output_fisher_of_many_outputs_is_whole_and_symmetric(outputs: int) -> None:
+    first, second = tokens(outputs, 4, 0).double(), tokens(outputs, 7, 1).double()
+    found = measured(OutputFisher(), 9, (first,), (second,))
+    torch.testing.assert_close(found, (first @ first.T + second @ second.T) / 11, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(found, found.T, rtol=1e-13, atol=1e-13)
+
+
 def test_tokens_are_counted_over_batches() -> None:
     assert measured(Tokens(), 4, (tokens(5, 4, 0),), (tokens(3, 4, 1),)).tolist() == [8]
 

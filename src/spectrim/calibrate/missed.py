@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -55,22 +56,31 @@ class Missed:
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float64, device=self.device)
 
-    def dense(self, state: Tensor, run: Run, on: bool) -> Tensor | None:
+    def dense(
+        self, state: Tensor, run: Run, on: bool, known: Mapping[str, Tensor] = MappingProxyType({}),
+        ending: Collection[str] = (),
+    ) -> Tensor | None:  # fmt: skip
         """Note what the inputs are and the outputs should be, from the state that enters the block.
 
-        on: run to the block's end, and give what leaves it.
+        on: run to the block's end, and give what leaves it; known: outputs of modules that do not run; ending: parts of
+        the block to whose end it is run at least.
         """
-        with seen_of(self.model, {*self.sums, *self.before}, self.readers, stop=not on) as seen:
+        outputs = {*self.sums, *self.before} - set(known)
+        with seen_of(self.model, outputs, self.readers, stop=not on, ending=ending) as seen:
             output = _until_enough(run, state)
+        seen |= known
         self.wanted = {name: seen[name] for name in (*self.readers, *self.sums)}
         for name, others in self.ends.items():
             before = sum((seen[other].reshape(state.shape) for other in others), state)
             self.wanted[name] = before + seen[name].reshape(state.shape)
         return output if on else None
 
-    def compressed(self, state: Tensor, run: Run, batch: Batch) -> None:
-        """Add what the batch gives."""
-        with seen_of(self.model, self.before) as seen, ExitStack() as stack:
+    def compressed(
+        self, state: Tensor, run: Run, batch: Batch, known: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> None:
+        """Add what the batch gives; known: as in `dense`."""
+        with seen_of(self.model, self.before - set(known)) as seen, ExitStack() as stack:
+            seen |= known
             left = {*self.sums, *self.readers, *self.read}
 
             def came_to(name: str) -> None:
@@ -92,7 +102,7 @@ class Missed:
                     wanted = self.wanted.pop(name)
                     if name in self.ends:
                         wanted = wanted - sum((seen[other].reshape(state.shape) for other in self.ends[name]), state)
-                    _add(self.sums[name], wanted - output, args[0], batch)
+                    _add(self.sums[name], wanted.reshape(output.shape) - output, args[0], batch)
                     came_to(name)
 
                 return hook
@@ -129,24 +139,34 @@ def _add(total: Float[Tensor, "rows in"], missing: Tensor, inputs: Tensor, batch
 
 @contextmanager
 def seen_of(
-    model: nn.Module, outputs: Iterable[str], inputs: Iterable[str] = (), stop: bool = False
+    model: nn.Module,
+    outputs: Iterable[str],
+    inputs: Iterable[str] = (),
+    stop: bool = False,
+    ending: Collection[str] = (),
 ) -> Iterator[dict[str, Tensor]]:
-    """The outputs, or inputs, of modules as they run, by name; stop: no further than all of them."""
+    """The outputs, or inputs, of modules as they run, by name; stop: no further than all of them, and the `ending`."""
     seen: dict[str, Tensor] = {}
     handles: list[RemovableHandle] = []
     outputs, inputs = list(outputs), list(inputs)
+    left = {*outputs, *inputs, *ending}
+
+    def came_to(name: str) -> None:
+        left.discard(name)
+        if stop and not left:
+            raise _Enough
 
     def watch(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor | None = None) -> None:
             value = args[0] if output is None else output
             seen[name] = value.detach().clone()  # a block may add to it in place
-            if stop and len(seen) == len(handles):
-                raise _Enough
+            came_to(name)
 
         return hook
 
     handles += [model.get_submodule(name).register_forward_hook(watch(name)) for name in outputs]
     handles += [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in inputs]
+    handles += [model.get_submodule(name).register_forward_hook(lambda *_, name=name: came_to(name)) for name in ending]
     try:
         yield seen
     finally:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
 from typing import Literal
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from spectrim.calibrate.collect import BlockStatistics, Collector, Wanted, portion, without_dropout
 from spectrim.calibrate.missed import Missed, seen_of
+from spectrim.calibrate.replayed import Replayed
 from spectrim.calibrate.states import States
 from spectrim.calibrate.statistics import Statistic
 from spectrim.calibrate.streamed import enter, moved
@@ -88,7 +90,9 @@ class Paired:
 
     Several processes run a share of the batches each, and get the sums of all; statistics: those that will be measured.
     residual: the outputs wanted of `o` and `down` are those that give the dense residual stream, whatever the
-    compressed one has lost before them; auto: only in blocks where that is possible.
+    compressed one has lost before them; auto: only in blocks where that is possible. kept: bytes of what parts of
+    a block have answered that are kept beside the states, so that its later steps need not run them again.
+    ended: the dense stream's states are those at its end, where `lost` wants them; nothing can be measured then.
     """
 
     weights: Weights
@@ -102,6 +106,8 @@ class Paired:
     installed: dict[str, nn.Module] = field(default_factory=dict)
     statistics: Sequence[Statistic] = ()
     tupled: bool = False
+    kept: int = 0
+    ended: bool = False
 
     @property
     def own(self) -> dict[int, Batch]:
@@ -129,6 +135,7 @@ class Paired:
             if index < last:
                 self.weights.prefetch(self.structure.block(index + 1), self.device)
             block = _Block(self, index, prefix, dict(zip(self.own, (call[index] for call in calls), strict=True)))
+            block.advanced = self.ended
             if self.residual and inside[index] and self.own:
                 block.residual = block.adds_up(needed=self.residual is True)
             if through and index == first and self.own:
@@ -136,7 +143,8 @@ class Paired:
             steps = steps_of(inside[index])
             for place, step in enumerate(steps, 1):
                 goes_on = place == len(steps) and (index < last or through)
-                yield Step(index, place == len(steps), step, block.measuring(step, goes_on))
+                later = [target for others in steps[place:] for target in others]
+                yield Step(index, place == len(steps), step, block.measuring(step, later, goes_on))
             if index < last or through:
                 block.advance()
             own = {name: module for name, module in self.installed.items() if name.startswith(f"{prefix}.")}
@@ -182,7 +190,8 @@ class Paired:
 
     def _enter(self, batch: int, state: Tensor) -> None:
         """Both streams begin alike."""
-        self.dense.put(0, batch, state)
+        if not self.ended:
+            self.dense.put(0, batch, state)
         self.compressed.put(0, batch, state.clone())
 
 
@@ -201,6 +210,12 @@ class _Block:
     calls: Mapping[int, Call]
     residual: bool = False
     advanced: bool = False  # the dense stream, with the block's last step
+
+    @cached_property
+    def replayed(self) -> Replayed:
+        """What need not run again; matrices that are not compressed are in it too."""
+        modules = [part.module for target in self.of.structure.of_block(self.index) for part in target.parts]
+        return Replayed(self.model, self.prefix, modules, list(self._added().values()), self.of.kept)
 
     @property
     def model(self) -> nn.Module:
@@ -244,8 +259,9 @@ class _Block:
         with without_dropout(self.model):
             for i in self.of.own:
                 if not self.advanced:
-                    self.leave(i, self._run(self.of.dense, i))
-                with self._compressed():
+                    with self.replayed.run("dense", i, keep=False):
+                        self.leave(i, self._run(self.of.dense, i))
+                with self._compressed(), self.replayed.run("compressed", i, keep=False):
                     output = self._run(self.of.compressed, i)
                 self._refuse(output, i, " as compressed so far")
                 self.of.compressed.put(self.index + 1, i, output)
@@ -290,13 +306,22 @@ class _Block:
         return right
 
     def measuring(
-        self, targets: Sequence[Target], on: bool
+        self, targets: Sequence[Target], later: Sequence[Target], on: bool
     ) -> Callable[[Mapping[Target, tuple[Statistic, ...]]], Measured]:
-        """What `Step.measure` is; on: with it the dense stream runs to the block's end."""
-        return lambda wanted: self._measure(targets, wanted, on)
+        """What `Step.measure` is; later: targets of the steps that follow; on: with it the dense stream runs to the
+        block's end.
+        """
+        return lambda wanted: self._measure(targets, later, wanted, on)
 
     @torch.no_grad()
-    def _measure(self, targets: Sequence[Target], wanted: Mapping[Target, tuple[Statistic, ...]], on: bool) -> Measured:
+    def _measure(
+        self,
+        targets: Sequence[Target],
+        later: Sequence[Target],
+        wanted: Mapping[Target, tuple[Statistic, ...]],
+        on: bool,
+    ) -> Measured:
+        assert not self.of.ended
         of, structure = self.of, self.of.structure
         asked = Wanted(wanted)
         collector = Collector(self.model, self.prefix, structure.of_block(self.index), asked, of.device)
@@ -304,14 +329,17 @@ class _Block:
         parts = [part for target in targets for part in target.parts]
         missed = Missed(self.model, parts, self._ends(parts), read, of.device)
         on = on and not self.advanced
+        own, others = ([part.module for target in each for part in target.parts] for each in (targets, later))
+        ending = self.replayed.ending(own, others)
         with without_dropout(self.model):
             for i, batch in of.own.items():
-                output = missed.dense(*self._from(of.dense, i), on)
+                with self.replayed.run("dense", i, own, keep=bool(others)) as known:
+                    output = missed.dense(*self._from(of.dense, i), on, known, ending)
                 if output is not None:
                     self.leave(i, output)
                 collector.mask, collector.sequences = batch.mask, len(batch.ids)
-                with self._compressed(), collector:
-                    missed.compressed(*self._from(of.compressed, i), batch)
+                with self._compressed(), collector, self.replayed.run("compressed", i, own, [*own, *others]) as known:
+                    missed.compressed(*self._from(of.compressed, i), batch, known)
                 collector.handles.clear()
                 heap.give_back()
         self.advanced = self.advanced or on

@@ -17,6 +17,8 @@ Where = Literal["input", "block", "sublayer", "gradient"]
 Labels = Literal["text", "sampled"]
 Towards = Literal["diagonal", "identity"]
 
+STRIP = 256  # rows of a symmetric product that are made at once, from its diagonal on
+
 
 @dataclass(frozen=True)
 class Statistic:
@@ -210,7 +212,7 @@ class OutputFisher(Statistic):
     over the draws B is the mean over tokens of the Fisher information matrices at that output, which is the Hessian of
     KL(model ‖ model with its output moved) where nothing is moved; the text's own labels would give neither.
     every: one of so many sequences is run backwards. Products of one sequence are in the gradients' type, sums of them
-    in float64: what is drawn is far less certain than the rounding.
+    in float64: what is drawn is far less certain than the rounding. Of a product half is made, and mirrored at the end.
     Source: K-FAC (Martens and Grosse 2015), section 2, its output factor.
     """
 
@@ -234,9 +236,13 @@ class OutputFisher(Statistic):
         g = values[0].float() if values[0].dtype in (torch.float16, torch.bfloat16) else values[0]
         if len(state["sum"]) == 0:
             state["sum"] = g.new_zeros((len(g), len(g)), dtype=torch.float64)
-        state["sum"] += g @ g.T
+        for start in range(0, len(g), STRIP):
+            state["sum"][start : start + STRIP, start:] += g[start : start + STRIP] @ g[start:].T
         state["tokens"] += g.shape[1]
 
     def result(self, state: State) -> Float[Tensor, "out out"]:
-        """The mean."""
-        return state["sum"] / state["tokens"].clamp_min(1)
+        """The mean; what lies left of the strips' squares is what lies above them."""
+        mean = state["sum"] / state["tokens"].clamp_min(1)
+        for end in range(STRIP, len(mean), STRIP):
+            mean[end:, end - STRIP : end] = mean[end - STRIP : end, end:].T
+        return mean

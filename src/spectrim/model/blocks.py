@@ -141,8 +141,7 @@ def finish(
     """
     originals = list(model.get_submodule(structure.blocks).children())
     if tupled is None:
-        with torch.no_grad():
-            tupled = _answers_tuple(model, structure, ids[:1, :1])
+        tupled = answers_tuple(model, structure, ids[:1, :1])
     with _replaced(model, structure.blocks, [_Injector(block, state, tupled) for block in originals]):
         logits: Tensor = model(input_ids=ids, use_cache=False).logits
     return logits
@@ -159,7 +158,9 @@ class _Injector(_Recorder):
         return self._answer
 
 
-def _answers_tuple(model: PreTrainedModel, structure: Structure, ids: Int[Tensor, "1 1"]) -> bool:
+@torch.no_grad()
+def answers_tuple(model: PreTrainedModel, structure: Structure, ids: Int[Tensor, "1 1"]) -> bool:
+    """Whether the model expects tuples of its blocks: its first one, which must be loaded, is run on a token."""
     state, calls = record(model, structure, Batch(ids))
     output = model.get_submodule(structure.block(0))(state, *calls[0].args, **calls[0].kwargs)
     return isinstance(output, (tuple, list))

@@ -37,6 +37,7 @@ class Installed:
         self.windows, self.batch = windows, batch
         self._calls: dict[bytes, list[Call]] = {}
         self._made: dict[str, tuple[Choice, Mapping[str, nn.Module]]] = {}
+        self._tupled: bool | None = None  # what kind of answer the blocks give, once one has run
 
     @property
     def blocks(self) -> int:
@@ -74,7 +75,10 @@ class Installed:
         self, ids: Int[Tensor, "batch length"], state: Float[Tensor, "batch length hidden"]
     ) -> Float[Tensor, "batch length vocabulary"]:
         """What follows the blocks, from the state leaving the last one."""
-        return blocks.finish(self.model, self.structure, ids.to(self.model.device), state)
+        ids = ids.to(self.model.device)
+        if self._tupled is None:
+            self._tupled = blocks.answers_tuple(self.model, self.structure, ids[:1, :1])
+        return blocks.finish(self.model, self.structure, ids, state, self._tupled)
 
     def answer(
         self, ids: Int[Tensor, "batch length"], recompute: bool = False
