@@ -16,6 +16,7 @@ from torch import Tensor
 from spectrim import driving
 from spectrim.calibrate.collect import BlockStatistics, Wanted
 from spectrim.calibrate.shrinking import Shrinking
+from spectrim.calibrate.statistics import Statistic
 from spectrim.core import budget, distributed, heap
 from spectrim.core import plan as plans
 from spectrim.core.plan import Candidate, Choice, Part, Plan, Target
@@ -188,9 +189,11 @@ class Run:
     def _wanted(self, pending: Sequence[Target], of_blocks: Sequence[Any] = ()) -> dict[int, Wanted]:
         """What to measure in each block: nothing for what the store has."""
         wanted = {}
+        shared: dict[tuple[Statistic, ...], tuple[Statistic, ...]] = {}  # equal ones once, not once a target
         for index in range(self.structure.count):
             own = [t for t in pending if t.blocks[-1] == index and self.decomposers[t.name].needs]
-            inside = {t: tuple(self.decomposers[t.name].needs) for t in own}
+            needs = {t: tuple(self.decomposers[t.name].needs) for t in own}
+            inside = {t: shared.setdefault(each, each) for t, each in needs.items()}
             block = self.structure.block(index)
             missing = tuple(s for s in of_blocks if not self.store.has("statistics", self.statistic_key(block, s)))
             if inside or missing:

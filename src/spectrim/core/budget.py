@@ -116,7 +116,9 @@ def rank_plan(
 
     fixed: parameters of the bias that a target's method adds once it is not dense.
     """
-    choices, spent = {}, 0
+    choices: dict[str, Choice] = {}
+    shared: dict[tuple[str, int], dict[str, int]] = {}  # most targets of a model have one of few numbers
+    spent = 0
     for target in targets:
         units = counts[target.name]
         if units is None:
@@ -124,7 +126,8 @@ def rank_plan(
             continue
         kind, form = ("channel", "dense") if is_ffn(target) else ("rank", format)
         formats = {part.module: form for part in target.parts}
-        choices[target.name] = Choice(formats, {kind: units}, bias=(fixed or {}).get(target.name, 0) > 0)
+        kept = shared.setdefault((kind, units), {kind: units})
+        choices[target.name] = Choice(formats, kept, bias=(fixed or {}).get(target.name, 0) > 0)
         spent += count(choices[target.name], target)
     assert spent <= budget, (spent, budget)
     return Plan(choices, budget, spent)

@@ -126,6 +126,10 @@ def _signature(path: Path) -> tuple[int, int, int] | None:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
+def _short(path: Path) -> str:
+    return f"{path.parent.name}/{path.name}"
+
+
 def appears(path: Path, seconds: float = 60.0) -> bool:
     """Whether there is such a file. Of several processes one is waited for that another has written.
 
@@ -152,7 +156,8 @@ class Store:
             raise StoreError(f"the work directory {directory} is a file; give another with --work")
         self.directory = directory
         self.version = version("spectrim")
-        self._whole: dict[Path, tuple[int, int, int] | None] = {}
+        # by name: whole paths of thousands of artifacts add up
+        self._whole: dict[str, tuple[int, int, int] | None] = {}
 
     def path(self, kind: str, fields: Mapping[str, Any], suffix: str) -> Path:
         """Where the artifact made of `fields` lies; for another version of the package or the store, elsewhere."""
@@ -167,16 +172,16 @@ class Store:
         return self._is_whole(self.path(kind, fields, suffix))
 
     def _is_whole(self, path: Path) -> bool:
-        signature = _signature(path)
+        name, signature = _short(path), _signature(path)
         if signature is None:
             return False
-        if self._whole.get(path) == signature:
+        if self._whole.get(name) == signature:
             return True
         wrong = _damage(path)
         if _signature(path) != signature:  # another process of this run was faster
             return self._is_whole(path)
         if wrong is None:
-            self._whole[path] = signature
+            self._whole[name] = signature
             return True
         logger.warning("%s is damaged: %s; it is removed, and made again", path, wrong)
         try:
@@ -212,7 +217,7 @@ class Store:
                 f"cannot write {path}: {error}; free some space or give another directory with --work, then run again: "
                 "finished work is kept"
             ) from error
-        self._whole[path] = _signature(path)
+        self._whole[_short(path)] = _signature(path)
 
     def remove(self, kind: str, fields: Mapping[str, Any], suffix: str = "safetensors") -> None:
         """Remove that artifact, if it is there."""
