@@ -187,8 +187,8 @@ def test_the_share_is_chosen_on_text_of_its_own(name: str, tmp_path: Path, monke
     measured: dict[str, list[float]] = {}
     original = towards.divergence
 
-    def watched(run: Any, plan: Any, candidates: Any, windows: Tensor) -> float:
-        found = original(run, plan, candidates, windows)
+    def watched(run: Any, plan: Any, candidates: Any, windows: Tensor, *dense: Any) -> float:
+        found = original(run, plan, candidates, windows, *dense)
         measured.setdefault(str(windows.tolist()), []).append(found)
         return found
 

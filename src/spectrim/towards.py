@@ -62,7 +62,7 @@ def pass_towards_dense(run: Run, plan: Plan, first: Mapping[str, Candidate] | No
         made = _Pass(run, plan, share).go()
     if run.accept is not None and first is not None:
         dense = InMemory()
-        before, after = (lost(run, *each, run.accept, dense).kl for each in ((plan, dict(first)), made))
+        before, after = (divergence(run, *each, run.accept, dense) for each in ((plan, dict(first)), made))
         verdict = f"KL on the windows of accept: {after:.4g} after the second pass, {before:.4g} before it"
         if not after <= before:
             made, verdict = (plan, dict(first)), f"{verdict}; the first one stays"
@@ -97,9 +97,18 @@ def _chosen(run: Run, plan: Plan) -> tuple[float, Made, str]:
     return best, made[best], f"calibrate.mix: {best}, of the KL on the windows of select ({tried})"
 
 
-def divergence(run: Run, plan: Plan, candidates: Mapping[str, Candidate], windows: driving.Windows) -> float:
-    """KL(dense ‖ compressed) of a plan, nats a token, block by block; the blocks are not all in memory at once."""
-    return lost(run, plan, candidates, windows).kl
+def divergence(
+    run: Run,
+    plan: Plan,
+    candidates: Mapping[str, Candidate],
+    windows: driving.Windows,
+    dense: InMemory | None = None,
+) -> float:
+    """KL(dense ‖ compressed) of a plan, nats a token, block by block; the blocks are not all in memory at once.
+
+    dense: as in `lost`.
+    """
+    return lost(run, plan, candidates, windows, dense).kl
 
 
 def lost(
