@@ -160,7 +160,8 @@ def test_what_there_is_no_room_for_is_run_again() -> None:
     assert everything("llama", True, 1000)[1] >= more
 
 
-def test_a_dense_stream_at_its_end_is_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def counted_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One number for every time that a block is run from now on."""
     from spectrim.model import blocks
 
     runs: list[int] = []
@@ -171,6 +172,11 @@ def test_a_dense_stream_at_its_end_is_not_run_again(monkeypatch: pytest.MonkeyPa
         return run(*args)
 
     monkeypatch.setattr(blocks, "run", counted)
+    return runs
+
+
+def test_a_dense_stream_at_its_end_is_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = counted_runs(monkeypatch)
     model = FAMILIES["llama"].make()
     names = [target.name for target in targets.find(model).targets]
 
@@ -211,17 +217,8 @@ def test_how_many_sequences_run_at_once_changes_rounding_alone() -> None:
 
 
 def test_what_is_not_measured_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    from spectrim.model import blocks
-
     pair, structure = paired(FAMILIES["llama"].make(), residual=False)
-    runs: list[int] = []
-    run = blocks.run
-
-    def counted(*args: Any) -> Tensor:
-        runs.append(1)
-        return run(*args)
-
-    monkeypatch.setattr(blocks, "run", counted)
+    runs = counted_runs(monkeypatch)
     inside = [structure.of_block(index) for index in range(structure.count)]
     steps: list[Step] = list(pair.steps(inside))
     assert len(steps) == 8 and [step.last for step in steps] == [False, False, False, True] * 2
