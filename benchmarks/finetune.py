@@ -3,8 +3,8 @@
 A Llama of random weights is written to disk, and the same with random factors in place of its matrices, of the ranks
 that a uniform plan gives: memory does not depend on their values. `spectrim.tune` (`rank_preserving`, LoRA on both
 factors of every matrix) tunes the second for a few steps in a fresh process, in float32. What that process holds once
-everything is imported is taken off its peak, and so, here and in the bound, are pages of programs and libraries that
-are read from disk as parts of them run for the first time (`program`). The bound is the sum of what it has to hold:
+everything is imported is taken off its peak. Pages of programs and libraries that are read from disk as parts of them
+run for the first time count in it, and are told beside it (`program`). The bound is the sum of what it has to hold:
 
 | term | bytes |
 | --- | --- |
@@ -162,7 +162,7 @@ def passed(folder: Path, windows: tuple[int, int], steps: int) -> dict[str, Any]
     forget_peak()
     model(inputs_embeds=entering, labels=ids, use_cache=False).loss.backward()
     peak, program = common.peak_bytes(), common.program_bytes() - program
-    return {"weights": before, "activations": peak - before - program, "program": program}
+    return {"weights": before, "activations": peak - before, "program": program}
 
 
 def without_holes() -> None:
@@ -206,7 +206,7 @@ def cases(shape: dict[str, Any], windows: tuple[int, int], steps: int, threads: 
         "activations": found["passed"]["activations"],
         "inputs_of_adapters": inputs(shape, layout, RANK, windows[0] * windows[1]),
     }
-    used, dense = (found[run]["peak"] - found[run]["imports"] - found[run]["program"] for run in ("tuned", "lora"))
+    used, dense = (found[run]["peak"] - found[run]["imports"] for run in ("tuned", "lora"))
     bound = sum(terms.values())
     facts = {"parameters": sizes, "peak_over_imports": used}
     one = {
