@@ -53,3 +53,11 @@ def test_a_report_is_there_after_every_run(tmp_path: Path, monkeypatch: pytest.M
     names = [case["name"] for case in cases]
     assert len(names) == 2 * 8 + 1 and names[-1] == "svd: peak at 2 blocks / at 1"
     assert all(case["value"] > 0 for case in cases)
+
+
+def test_the_size_of_a_directory_is_that_of_its_files_and_one_that_goes_meanwhile_is_none(tmp_path: Path) -> None:
+    (tmp_path / "deep" / "deeper").mkdir(parents=True)
+    for name, size in (("here", 3), ("deep/there", 40), ("deep/deeper/far", 500)):
+        (tmp_path / name).write_bytes(b"x" * size)
+    (tmp_path / "deep" / "gone").symlink_to(tmp_path / "nothing")
+    assert predict._size(tmp_path) == 543 and predict._size(tmp_path / "nothing") == 0

@@ -20,8 +20,8 @@ from spectrim.model.targets import Structure
 from spectrim.recipe import Recipe, RecipeError
 from spectrim.storage import statistics_of, units_of
 
-# What the process keeps of freed pieces below 8 MiB (`core.heap`), and its own objects: 9 to 18 MB on small models.
-HEAP = 2**24
+# What the process keeps of freed pieces below 8 MiB (`core.heap`), and its own objects: 7 to 10 MB in runs of svd.
+HEAP = 2**23
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 

@@ -33,7 +33,8 @@ from spectrim.core.store import hash_of, write_json
 from spectrim.data import text as texts
 from spectrim.data.instructions import Row, pad_of
 from spectrim.driving import text_hash
-from spectrim.learn.tuning import Distillation, Diverged, Training
+from spectrim.learn.losses import Distillation
+from spectrim.learn.tuning import Diverged, Training
 from spectrim.measure.evaluate import mean_losses, parameters, positions
 from spectrim.model import loading
 from spectrim.model.checkpoint import Checkpoint

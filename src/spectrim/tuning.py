@@ -25,7 +25,8 @@ from spectrim.data import instructions
 from spectrim.data.instructions import Row
 from spectrim.finetune import start as starts
 from spectrim.learn import tuning
-from spectrim.learn.tuning import Distillation, Training
+from spectrim.learn.losses import Distillation
+from spectrim.learn.tuning import Training
 from spectrim.measure.evaluate import parameters, positions
 from spectrim.model import loading
 from spectrim.model.checkpoint import moved, quiet

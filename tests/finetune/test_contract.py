@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spectrim.core.finetuner import Session, finetuners
-from spectrim.learn.tuning import Distillation, Micro, load_trained, save_trained, trained
+from spectrim.learn.losses import Distillation, Micro
+from spectrim.learn.tuning import load_trained, save_trained, trained
 from spectrim.measure.evaluate import parameters
 from spectrim.model import loading, modules
 from tests.families import FAMILIES

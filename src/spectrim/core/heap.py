@@ -14,6 +14,7 @@ from typing import Any
 _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of glibc's malloc.h
 _SMALL = 2**23
 TIGHT = 2**20  # where memory is limited
+EMPTY = 2**16  # where a model is made without weights: each of them is there for a moment, and would leave a hole
 _ADAPTED = 2**25  # where glibc's own threshold ends up once large tensors have been freed
 _thresholds = [_ADAPTED]  # of what is entered now, the innermost last
 

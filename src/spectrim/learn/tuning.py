@@ -10,13 +10,12 @@ import hashlib
 import logging
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -26,6 +25,7 @@ from spectrim.core import heap
 from spectrim.core.finetuner import Session
 from spectrim.core.progress import Progress, silent
 from spectrim.data.instructions import IGNORED, Row, collate
+from spectrim.learn.losses import Distillation, Micro
 
 logger = logging.getLogger(__name__)
 
@@ -97,25 +97,6 @@ class Training:
         return max(1, math.ceil((1.0 if self.epochs is None else self.epochs) * rows / self.batch_size))
 
 
-@dataclass(frozen=True)
-class Distillation:
-    """Learning from a dense model beside, or instead of, the text.
-
-    weight: of KL(dense ‖ tuned) at that temperature, times temperature²; cross entropy has 1 − weight. hidden: weight
-    of ‖h − h_dense‖² / ‖h_dense‖², a mean over blocks and over the positions that count.
-    """
-
-    weight: float = 1.0
-    temperature: float = 1.0
-    hidden: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.weight <= 1:
-            raise ValueError(f"weight of the distillation is {self.weight}: it is in [0, 1]; 1: KL alone")
-        if not self.temperature > 0 or not self.hidden >= 0:
-            raise ValueError(f"temperature ({self.temperature}) must be above 0, hidden ({self.hidden}) not below")
-
-
 class Rows(Dataset[Row]):
     """Rows as the Trainer wants them."""
 
@@ -137,66 +118,6 @@ def rows_hash(rows: Sequence[Row], pad: int) -> str:
             digest.update(len(tensor).to_bytes(8, "little"))
             digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-@dataclass
-class Micro:
-    """Some rows of a step: a `Batch`. count: predictions of the whole step, of all processes."""
-
-    model: nn.Module
-    inputs: Mapping[str, Tensor]
-    count: Tensor
-    teacher: nn.Module | None
-    settings: Distillation
-
-    @property
-    def wanted(self) -> Int[Tensor, "batch length"]:
-        """The token that each position is to predict, IGNORED where none counts. Logits are not cut: they are large."""
-        return nn.functional.pad(self.inputs["labels"][:, 1:], (0, 1), value=IGNORED)
-
-    def answer(self) -> Any:
-        """Run the model."""
-        return self.model(**self._call(self.teacher is not None and self.settings.hidden > 0))
-
-    def _call(self, hidden: bool) -> dict[str, Any]:
-        inputs = {name: self.inputs[name] for name in ("input_ids", "attention_mask")}
-        return {**inputs, "use_cache": False, "output_hidden_states": hidden}
-
-    def score(self, answer: Any) -> Float[Tensor, ""]:
-        """Cross entropy and distillation, as asked."""
-        weight = self.settings.weight if self.teacher is not None else 0.0
-        loss = answer.logits.new_zeros((), dtype=torch.float32)
-        if weight < 1:
-            logits, wanted = answer.logits.float().flatten(0, 1), self.wanted.flatten()
-            entropy = nn.functional.cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="sum")
-            loss = (1 - weight) * entropy / self.count
-        return loss if self.teacher is None else loss + self._taught(answer, weight)
-
-    def _taught(self, answer: Any, weight: float) -> Float[Tensor, ""]:
-        assert self.teacher is not None
-        with torch.no_grad():
-            dense = self.teacher(**self._call(self.settings.hidden > 0))
-        heat, counts = self.settings.temperature, self.wanted != IGNORED
-        p, q = ((each.logits.float() / heat).log_softmax(-1) for each in (dense, answer))
-        loss = weight * heat**2 * ((p.exp() * (p - q)).sum(-1) * counts).sum() / self.count
-        if self.settings.hidden:
-            pairs = zip(answer.hidden_states[1:], dense.hidden_states[1:], strict=True)
-            apart = torch.stack([(_relative(state, taught) * counts).sum() for state, taught in pairs])
-            loss = loss + self.settings.hidden * apart.mean() / self.count
-        return loss
-
-    def distance(self, first: Any, second: Any) -> Float[Tensor, ""]:
-        """½ KL(p‖q) + ½ KL(q‖p)."""
-        p, q = (each.logits.float().log_softmax(-1) for each in (first, second))
-        return 0.5 * (((p.exp() - q.exp()) * (p - q)).sum(-1) * (self.wanted != IGNORED)).sum() / self.count
-
-
-def _relative(
-    state: Float[Tensor, "batch length hidden"], dense: Float[Tensor, "batch length hidden"]
-) -> Float[Tensor, "batch length"]:
-    """‖h − d‖² / ‖d‖² of each position."""
-    gap, size = (state.float() - dense.float()).square().sum(-1), dense.float().square().sum(-1)
-    return gap / size.clamp_min(torch.finfo(torch.float32).tiny)
 
 
 class _Hooks(TrainerCallback):

@@ -230,7 +230,7 @@ def _keyed(targets: Sequence[Target], keys: Mapping[str, str]) -> tuple[Target, 
     )
 
 
-@heap.small(heap.TIGHT)  # as in `checkpoint.skeleton`
+@heap.small(heap.EMPTY)  # as in `checkpoint.skeleton`
 def _weightless(model: PreTrainedModel, structure: Structure) -> PreTrainedModel:
     """A new model of the same configuration: blocks and embeddings on the meta device, the rest made of zeros."""
     with init_empty_weights(include_buffers=False):
