@@ -70,6 +70,13 @@ def test_cross_entropy_keeps_one_array_of_the_logits_size_in_their_float32() -> 
     assert 4 * logits.numel() <= sum(kept.values()) < 4 * logits.numel() + 100
 
 
+def test_pieces_are_small_but_not_too_many() -> None:
+    few = next(losses._pieces(torch.zeros(2, 8192, 2**12, device="meta"), torch.zeros(2, 8192, device="meta")))
+    assert [len(piece) for piece in few] == [2 * 8192 // losses.PIECES] * 2
+    (small,) = next(losses._pieces(torch.zeros(2, 1024, 2**12, device="meta")))
+    assert small.shape == (losses.PIECE // 2**12, 2**12)
+
+
 def test_distillation_and_cross_entropy_share_the_loss() -> None:
     ids = torch.randint(VOCABULARY, (BATCH, LENGTH), generator=torch.Generator().manual_seed(4))
     states = [torch.randn(BATCH, LENGTH, 5, generator=torch.Generator().manual_seed(seed)) for seed in (5, 6)]

@@ -7,6 +7,7 @@ of arrays of the logits' size only those are made that the way back needs. What 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 
 from spectrim.data.instructions import IGNORED
 
-# Logits worked on at a time: few beside a step's activations, many beside what a call costs.
-PIECE = 2**19
+# Logits worked on at a time: few beside a step's activations, many beside what a call costs; more where there would be
+# more pieces than these otherwise.
+PIECE, PIECES = 2**19, 64
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,8 @@ def symmetric_divergence(
 
 def _pieces(*arrays: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """A few tokens of each of these arrays at a time; the first has the vocabulary for its last axis."""
-    rows = max(1, PIECE // arrays[0].shape[-1])
+    batch, length, vocabulary = arrays[0].shape
+    rows = max(1, PIECE // vocabulary, math.ceil(batch * length / PIECES))
     return zip(*(array.flatten(0, 1).split(rows) for array in arrays), strict=True)
 
 
