@@ -126,8 +126,9 @@ def _signature(path: Path) -> tuple[int, int, int] | None:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def _short(path: Path) -> str:
-    return f"{path.parent.name}/{path.name}"
+def _mark(path: Path, signature: tuple[int, int, int] | None) -> int:
+    """What stands for a file of a work directory, as it is now, in few bytes."""
+    return hash((path.parent.name, path.name, signature))
 
 
 def appears(path: Path, seconds: float = 60.0) -> bool:
@@ -156,8 +157,8 @@ class Store:
             raise StoreError(f"the work directory {directory} is a file; give another with --work")
         self.directory = directory
         self.version = version("spectrim")
-        # by name: whole paths of thousands of artifacts add up
-        self._whole: dict[str, tuple[int, int, int] | None] = {}
+        # hashes of names and signatures: of thousands of artifacts these themselves would add up
+        self._whole: set[int] = set()
 
     def path(self, kind: str, fields: Mapping[str, Any], suffix: str) -> Path:
         """Where the artifact made of `fields` lies; for another version of the package or the store, elsewhere."""
@@ -172,16 +173,16 @@ class Store:
         return self._is_whole(self.path(kind, fields, suffix))
 
     def _is_whole(self, path: Path) -> bool:
-        name, signature = _short(path), _signature(path)
+        signature = _signature(path)
         if signature is None:
             return False
-        if self._whole.get(name) == signature:
+        if _mark(path, signature) in self._whole:
             return True
         wrong = _damage(path)
         if _signature(path) != signature:  # another process of this run was faster
             return self._is_whole(path)
         if wrong is None:
-            self._whole[name] = signature
+            self._whole.add(_mark(path, signature))
             return True
         logger.warning("%s is damaged: %s; it is removed, and made again", path, wrong)
         try:
@@ -217,7 +218,7 @@ class Store:
                 f"cannot write {path}: {error}; free some space or give another directory with --work, then run again: "
                 "finished work is kept"
             ) from error
-        self._whole[_short(path)] = _signature(path)
+        self._whole.add(_mark(path, _signature(path)))
 
     def remove(self, kind: str, fields: Mapping[str, Any], suffix: str = "safetensors") -> None:
         """Remove that artifact, if it is there."""

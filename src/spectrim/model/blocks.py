@@ -203,24 +203,24 @@ def _share(call: Call, known: Call) -> Call:
 def share_inputs(model: PreTrainedModel, structure: Structure) -> Structure:
     """The structure with input keys: parts that read the very same tensor get one key, the first reader's name.
 
-    Found by tensor identity in a copy of the model without weights: blocks on the meta device, one short sequence of
-    zeros before them. Where a block cannot run there (experts chosen by data), what was not reached keeps its own key.
+    Found by tensor identity in the model without weights (a copy, unless it is a skeleton): blocks on the meta device,
+    one short sequence of zeros before them. Where a block cannot run there (experts chosen by data), what was not
+    reached keeps its own key.
     """
-    keys = _input_keys(model, structure)  # the copy is gone before what stays is made: it would lie between its pieces
+    keys = _input_keys(_weightless(model), structure)
     return replace(structure, targets=_keyed(structure.targets, keys), ffns=_keyed(structure.ffns, keys))
 
 
 def _input_keys(model: PreTrainedModel, structure: Structure) -> dict[str, str]:
-    copied = _weightless(model, structure)
     embedding = model.get_input_embeddings().weight
     assert isinstance(embedding, Tensor)
-    width = embedding.shape[1]
-    batch = {"inputs_embeds": torch.zeros(1, 4, width, dtype=copied.dtype)}
-    state, calls = _record(copied, structure, batch)
+    batch = {"inputs_embeds": torch.zeros(1, 4, embedding.shape[1], dtype=model.dtype)}
     keys: dict[str, str] = {}
-    for index, call in enumerate(calls):
-        names = {t.parts[0].module for t in structure.of_block(index)}
-        keys |= _keys_of_block(copied, structure.block(index), names, state.to("meta"), _to_meta(call))
+    with _runnable(model, structure):
+        state, calls = _record(model, structure, batch)
+        for index, call in enumerate(calls):
+            names = {t.parts[0].module for t in structure.of_block(index)}
+            keys |= _keys_of_block(model, structure.block(index), names, state.to("meta"), _to_meta(call))
     return keys
 
 
@@ -230,20 +230,41 @@ def _keyed(targets: Sequence[Target], keys: Mapping[str, str]) -> tuple[Target, 
     )
 
 
-@heap.small(heap.EMPTY)  # as in `checkpoint.skeleton`
-def _weightless(model: PreTrainedModel, structure: Structure) -> PreTrainedModel:
-    """A new model of the same configuration: blocks and embeddings on the meta device, the rest made of zeros."""
-    with init_empty_weights(include_buffers=False):
-        copied = type(model)._from_config(copy.deepcopy(model.config)).eval()
-    ends = [copied.get_input_embeddings(), copied.get_output_embeddings()]
+def _weightless(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of the same configuration with all its parameters on the meta device: itself if they are there.
+
+    A second skeleton beside the first would leave Python's memory in pieces, more with every block.
+    """
+    if all(parameter.is_meta for parameter in model.parameters()):
+        return model
+    with heap.small(heap.EMPTY), init_empty_weights(include_buffers=False):
+        return type(model)._from_config(copy.deepcopy(model.config)).eval()
+
+
+@contextmanager
+def _runnable(model: PreTrainedModel, structure: Structure) -> Iterator[None]:
+    """For a while buffers of blocks are on the meta device too, and what lies beside blocks and embeddings is zeros."""
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     large = {id(p) for end in ends if end is not None for p in end.parameters()}
-    large |= {id(p) for p in copied.get_submodule(structure.blocks).parameters()}
-    for module in copied.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) not in large:
-                setattr(module, name, nn.Parameter(torch.zeros_like(parameter, device="cpu"), requires_grad=False))
-    copied.get_submodule(structure.blocks).to("meta")
-    return copied
+    inner = set(model.get_submodule(structure.blocks).modules())
+    instead: list[tuple[nn.Module, str, Tensor, Tensor]] = []
+    for module in model.modules():
+        if module in inner:
+            held = [(name, buffer, buffer.to("meta")) for name, buffer in module.named_buffers(recurse=False)]
+        else:
+            held = [
+                (name, p, nn.Parameter(torch.zeros_like(p, device="cpu"), requires_grad=False))
+                for name, p in module.named_parameters(recurse=False)
+                if id(p) not in large
+            ]
+        instead += [(module, *each) for each in held]
+    for module, name, _, other in instead:
+        setattr(module, name, other)
+    try:
+        yield
+    finally:
+        for module, name, was, _ in instead:
+            setattr(module, name, was)
 
 
 def _to_meta(call: Call) -> Call:
