@@ -141,7 +141,7 @@ def test_a_limit_counts_the_whole_model_and_its_cache(llama_dir: Path, tmp_path:
     text = tmp_path / "text.txt"
     text.write_text(letters(400), encoding="utf-8")
     big = save_model(FAMILIES["llama"].make(num_hidden_layers=40, intermediate_size=512), tmp_path / "big")
-    given: dict[str, Any] = {"memory": "24MB", "settings": ["calibrate.batch=2"], **SIZES}
+    given: dict[str, Any] = {"memory": "15.6MB", "settings": ["calibrate.batch=2"], **SIZES}
     spectrim.compress(big, "whitened", 0.3, str(text), tmp_path / "streamed", **given)
     with pytest.raises(ValueError, match=r"to text \(model 8\.\d MB, cache"):
         spectrim.compress(big, "whitened", 0.3, SELF, tmp_path / "own", **given)
