@@ -110,14 +110,7 @@ def estimate(
     structure, jobs = setting.structure, setting.jobs
     early = [allocate_early(job, recipe) for job in jobs]
     plan = plans.merge([p for p in early if p is not None]) if all(p is not None for p in early) else None
-    dense = sum(t.parameters for job in jobs for t in job.targets)
-    kept = sum(job.budget for job in jobs) if plan is None else plan.spent
-    totals = {
-        "targets_before": dense,
-        "targets_after": kept,
-        "total_before": source.total,
-        "total_after": source.total - dense + kept,
-    }
+    totals = _totals(source, jobs, plan)
     in_memory = None
     if limit is not None:
         in_memory = needs.room(setting, limit) + 2 * setting.batch_state
@@ -129,6 +122,18 @@ def estimate(
     return Estimate(
         structure, jobs, plan, totals, imports | fullest, stages, disk, _by_stage(setting, stages, disk), seconds
     )  # fmt: skip
+
+
+def _totals(source: _Source, jobs: Sequence[Job], plan: Plan | None) -> dict[str, int]:
+    """Parameters before and after: those of the plan, or the budgets where it needs what is measured."""
+    dense = sum(t.parameters for job in jobs for t in job.targets)
+    kept = sum(job.budget for job in jobs) if plan is None else plan.spent
+    return {
+        "targets_before": dense,
+        "targets_after": kept,
+        "total_before": source.total,
+        "total_after": source.total - dense + kept,
+    }
 
 
 def _sized(recipe: Recipe, size: sizes.Size, source: _Source, structure: targets.Structure) -> tuple[Recipe, str]:

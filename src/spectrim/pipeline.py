@@ -90,6 +90,7 @@ def compress(
     StoreError) before anything heavy for bad input, a limit that is too low, or a disk that is too full;
     RecipeError for a size that no ratio gives; distributed.Lost where another process failed.
     """
+    # over 50 lines for its signature and docstring: what follows is the whole flow, each step in a module of its own
     shortcuts = {"ratio": ratio, "sequences": sequences, "length": length, "seed": seed, "format": format}
     shortcuts["tokens"] = tokens
     device = torch.device(device)

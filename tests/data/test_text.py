@@ -378,16 +378,10 @@ class TestWindowsBeside:
 class TestFingerprint:
     def test_contents_and_weights_count(self, tmp_path: Path) -> None:
         a, b = write(tmp_path / "a.txt", "one"), write(tmp_path / "b.txt", "two")
-        prints = [
-            fingerprint([Source(a)]),
-            fingerprint([Source(b)]),
-            fingerprint([Source(a, 2.0)]),
-            fingerprint([Source(a), Source(b)]),
-            fingerprint([Source(b), Source(a)]),
-            fingerprint([Source(write(tmp_path / "a.jsonl", "one"))]),
-            fingerprint([Source("org/set")]),
-            fingerprint([Source("org/set:test")]),
-        ]
+        rows = write(tmp_path / "a.jsonl", "one")
+        several = [[Source(a), Source(b)], [Source(b), Source(a)]]
+        alone = [[Source(a, 2.0)], *([Source(name)] for name in (a, b, rows, "org/set", "org/set:test"))]
+        prints = [fingerprint(sources) for sources in [*several, *alone]]
         assert max(Counter(prints).values()) == 1
         assert all(len(each) == 64 for each in prints)
 

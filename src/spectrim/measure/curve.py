@@ -95,6 +95,7 @@ def curve(
     the first error is raised. Raises ValueError before anything heavy for bad input, and for a directory that holds
     something else.
     """
+    # over 50 lines for its signature and docstring alone
     launch.alone("compress --ratios")
     shortcuts = {"sequences": sequences, "length": length, "seed": seed, "format": format}
     asked = _recipes(recipe, ratios, shortcuts, settings)
