@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from spectrim.core import distributed
 from spectrim.core.delivery import in_turn
+from tests.processes import ended, started
 
 SCRIPT = """
 import json
@@ -211,3 +212,26 @@ def test_one_process_works_alone() -> None:
     assert distributed.share([3, 1, 2]) == [3, 1, 2]
     tensor = torch.arange(3.0)
     assert distributed.add_up(tensor) is tensor and tensor.tolist() == [0, 1, 2]
+
+
+LEFT = """
+import atexit, sys
+import torch
+from spectrim.core import distributed
+
+atexit.register(lambda: print("together at the end:", distributed.together()))
+assert distributed.join(torch.device("cpu"))
+assert distributed.gathered(distributed.rank()) == [0, 1]
+assert not distributed.join(torch.device("cpu"))
+sys.exit(int(sys.argv[1]))
+"""
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("code", [0, 3])
+def test_the_others_are_left_before_the_interpreter_goes(tmp_path: Path, code: int) -> None:
+    """Threads of gloo that outlive it end about every seventh process by SIGABRT."""
+    (script := tmp_path / "script.py").write_text(LEFT, encoding="utf-8")
+    assert [(ends, said) for ends, said, _ in ended(started([str(script), str(code)]))] == [
+        (code, "together at the end: False\n")
+    ] * 2

@@ -6,6 +6,7 @@ another way, and wait for ever. The first one looks, and says (`agreed`).
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -47,7 +48,15 @@ def join(device: torch.device) -> bool:
             torch.cuda.set_device(given)
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=TIMEOUT)
+    if backend == "gloo":  # nccl might wait for a process that has died
+        atexit.register(_leave)
     return True
+
+
+def _leave() -> None:
+    """Leave the others before the interpreter goes: threads of gloo that outlive it end the process by SIGABRT."""
+    if together():
+        dist.destroy_process_group()
 
 
 @contextmanager
