@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import spectrim
-from spectrim.model import files, targets
+from spectrim.model import checkpoint, files, targets
 from spectrim.model.checkpoint import Checkpoint, LiveModel
 from tests.families import FAMILIES, LAYERS
 
@@ -153,6 +153,16 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path: Path, value: float) -> N
         LiveModel(model)
     with pytest.raises(ValueError, match=r"weight model\.embed_tokens\.weight holds 1 values"):
         Checkpoint(tmp_path).load_outside("model.layers", CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_finite_is_told_whatever_the_sum_is(dtype: torch.dtype) -> None:
+    largest = torch.finfo(dtype).max
+    assert checkpoint._finite(torch.tensor([], dtype=dtype))
+    assert checkpoint._finite(torch.full((9,), largest, dtype=dtype))
+    assert checkpoint._finite(torch.full((9,), -largest, dtype=dtype))
+    assert not checkpoint._finite(torch.tensor([1.0, float("inf"), -float("inf")], dtype=dtype))
+    assert not checkpoint._finite(torch.tensor([1.0, float("nan")], dtype=dtype))
 
 
 def test_a_model_that_is_not_in_memory_is_refused() -> None:
