@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ from spectrim.calibrate.states import InFiles, States
 from spectrim.calibrate.statistics import Cosine, Gram
 from spectrim.calibrate.streamed import streamed
 from spectrim.cli import app
+from spectrim.core import heap
 from spectrim.core.store import Store, StoreError
 from spectrim.methods import svd
 from spectrim.model import targets
 from spectrim.model.blocks import Batch, share_inputs
 from spectrim.model.checkpoint import Checkpoint, LiveModel
 from spectrim.recipe import RecipeError
+from spectrim.run import Run
 from tests.conftest import save_model, tree_hash
 from tests.families import FAMILIES, VOCABULARY
 
@@ -113,6 +116,18 @@ def test_a_limit_changes_no_byte(
         spectrim.compress(model, "whitened", 0.3, CALIBRATION, out, settings=settings, memory=memory)
     assert tree_hash(tmp_path / "free", "run.json") == tree_hash(tmp_path / "limited", "run.json")
     assert tree_hash(tmp_path / "free.work") == tree_hash(tmp_path / "limited.work"), "no states are left"
+
+
+def test_freed_memory_is_given_back_after_every_matrix(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    decompose, give_back = Run.decompose, heap.give_back
+    monkeypatch.setattr(Run, "decompose", lambda *own, **more: (decompose(*own, **more), events.append("made"))[0])
+    monkeypatch.setattr(heap, "give_back", lambda: (give_back(), events.append("given back"))[0])
+    spectrim.compress(model, "whitened", 0.3, CALIBRATION, tmp_path / "out", settings=BATCHES, memory=ENOUGH)
+    assert events.count("made") == 7 * BLOCKS
+    assert all(after == "given back" for event, after in pairwise(events) if event == "made")
 
 
 def interrupted(place: tuple[Any, str], at: int, monkeypatch: pytest.MonkeyPatch, **arguments: Any) -> None:

@@ -225,6 +225,8 @@ class Run:
             if owner == distributed.rank():
                 kept = {place for place, keeper in keepers.items() if keeper == target.name}
                 self.decompose(target, measured, upstream, kept, None if instead is None else instead(target))
+                if self.room is not None:
+                    heap.give_back()  # holes spread over ever more pages from one matrix to the next
             yield target
 
     def _keeps(self, target: Target) -> dict[tuple[str, Any], Part]:
