@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from spectrim.core import heap
 from spectrim.model import writer
 from spectrim.model.writer import Item
 
@@ -92,6 +93,21 @@ def test_tensors_are_made_one_item_at_a_time(tmp_path: Path) -> None:
 def test_an_item_that_gives_something_else_is_an_error(tmp_path: Path, made: dict[str, Tensor]) -> None:
     with pytest.raises(ValueError, match="are not of the shapes said before"):
         write(tmp_path, [Item({"a": (torch.float32, (2,))}, lambda: made)])
+
+
+def test_what_a_large_item_was_made_of_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    monkeypatch.setattr(heap, "give_back", lambda: events.append("given back"))
+
+    def item(name: str, numbers: int) -> Item:
+        def make() -> dict[str, Tensor]:
+            events.append(name)
+            return {name: torch.ones(numbers)}
+
+        return Item({name: (torch.float32, (numbers,))}, make)
+
+    writer.write_shards(tmp_path, [item("a", 8), item("b", 2**18), item("c", 2**19)], 2**30, lambda done, total: None)
+    assert events == ["a", "b", "given back", "c", "given back"]
 
 
 def test_a_new_directory_appears_at_the_end(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from spectrim.core import distributed, lock
+from spectrim.core import distributed, heap, lock
 from spectrim.core.delivery import Delivery, in_turn
 from spectrim.core.store import StoreError
 from spectrim.model.files import DTYPES
@@ -135,6 +135,8 @@ def _write_file(path: Path, items: Sequence[Item]) -> Iterator[int]:
         file.truncate(size)
         for item in items:
             _write_item(file, item, {name: places[name] for name in item.shapes})
+            if item.bytes >= heap.TIGHT:
+                heap.give_back()  # what it was made of lies freed
             yield item.bytes
         file.flush()
         os.fsync(file.fileno())
