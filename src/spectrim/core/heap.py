@@ -13,8 +13,8 @@ from typing import Any
 
 _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of glibc's malloc.h
 _SMALL = 2**23
-TIGHT = 2**20  # where memory is limited
-EMPTY = 2**16  # where a model is made without weights: each of them is there for a moment, and would leave a hole
+TIGHT = 2**16  # where memory is limited, or a model is made without weights: each would leave a hole
+LARGE = 2**20  # of a tensor that is written: what it was made of is worth giving back
 _ADAPTED = 2**25  # where glibc's own threshold ends up once large tensors have been freed
 _thresholds = [_ADAPTED]  # of what is entered now, the innermost last
 
@@ -28,8 +28,8 @@ def small(least: int = _SMALL) -> Iterator[None]:
     """While inside, what is allocated of `least` bytes or more leaves the process when freed (glibc only).
 
     By itself glibc puts pieces of up to 32 MiB into its heap, between small ones that live on, and a run holds up to
-    half as much again as it uses. From 1 MiB on, the pages that come and go would take 9 % of a compression. Also a
-    decorator. The innermost counts.
+    half as much again as it uses. From `TIGHT` on, the pages that come and go take up to a tenth of a compression, and
+    from 1 MiB on its peak still grew with the number of blocks. Also a decorator. The innermost counts.
     """
     _thresholds.append(least)
     _set_threshold()

@@ -237,7 +237,7 @@ def _weightless(model: PreTrainedModel) -> PreTrainedModel:
     """
     if all(parameter.is_meta for parameter in model.parameters()):
         return model
-    with heap.small(heap.EMPTY), init_empty_weights(include_buffers=False):
+    with heap.small(heap.TIGHT), init_empty_weights(include_buffers=False):
         return type(model)._from_config(copy.deepcopy(model.config)).eval()
 
 

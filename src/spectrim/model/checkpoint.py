@@ -75,7 +75,7 @@ class Weights(Protocol):
 
 
 # each weight is allocated for a moment, and in the heap would leave a hole that tensors of a run then fill
-@heap.small(heap.EMPTY)
+@heap.small(heap.TIGHT)
 def skeleton(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model without weights: parameters on the meta device, buffers real (rotary tables and the like)."""
     with init_empty_weights(include_buffers=False):

@@ -135,7 +135,7 @@ def _write_file(path: Path, items: Sequence[Item]) -> Iterator[int]:
         file.truncate(size)
         for item in items:
             _write_item(file, item, {name: places[name] for name in item.shapes})
-            if item.bytes >= heap.TIGHT:
+            if item.bytes >= heap.LARGE:
                 heap.give_back()  # what it was made of lies freed
             yield item.bytes
         file.flush()
