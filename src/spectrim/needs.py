@@ -216,9 +216,14 @@ def trials(setting: Setting) -> list[Trial]:
 
 
 def _tried(setting: Setting, trial: Trial, held: Causes) -> dict[str, Causes]:
-    """A block at a time, with what is changed in it; at the end, of one sequence, four arrays of logits in float32."""
+    """A block at a time, with what is changed in it.
+
+    At the end the embedding is read and the head after it, and then of one sequence there are four arrays of logits in
+    float32.
+    """
     weights = sum(p.numel() for p in setting.model.get_submodule(setting.structure.block(0)).parameters())
-    read = setting.size + (setting.stored if setting.stored != setting.size else 0)
+    copied = setting.stored if setting.stored != setting.size else 0
+    read = setting.size + copied
     head = setting.model.get_output_embeddings()
     ends = {id(p): p.numel() for p in (setting.embedding, *(() if head is None else head.parameters()))}
     return {
@@ -228,8 +233,11 @@ def _tried(setting: Setting, trial: Trial, held: Causes) -> dict[str, Causes]:
             **held, "block_weights": weights * setting.size, "compressed": _put_in(setting, trial.job),
             "activations": _activations(setting, trial.tokens),
         },
+        "allocate: ends": {
+            **held, "embedding": sum(ends.values()) * setting.size + max(ends.values()) * copied
+        },
         "allocate: predicting": {
-            **held, "embedding": sum(ends.values()) * read,
+            **held, "embedding": sum(ends.values()) * setting.size,
             "activations": 16 * trial.length * setting.embedding.shape[0],
         },
     }  # fmt: skip

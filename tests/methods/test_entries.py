@@ -12,8 +12,9 @@ from spectrim.calibrate.statistics import Norm
 from spectrim.core import budget
 from spectrim.core.plan import Candidate, Choice, Part, Target
 from spectrim.core.registry import Problem
+from spectrim.core.sparse import EntryCandidate
 from spectrim.methods.cap import CapGreedy
-from spectrim.methods.entries import EntryCandidate, Magnitude, Wanda
+from spectrim.methods.entries import Magnitude, Wanda
 from spectrim.methods.svd import Uniform
 
 M, N = 12, 20

@@ -16,9 +16,10 @@ from spectrim.calibrate.collect import Wanted
 from spectrim.calibrate.resident import resident
 from spectrim.core import budget, registry
 from spectrim.core.plan import Candidate, Choice, Part, Plan, Target
-from spectrim.core.registry import Problem
-from spectrim.methods.measured import APART, MeasuredCurve, _Rounds, scaled
-from spectrim.methods.spectrim import TwoSidedSVD
+from spectrim.core.registry import Decomposer, Problem
+from spectrim.methods.entries import Wanda
+from spectrim.methods.measured import APART, MeasuredCurve, _curve, _Rounds, scaled
+from spectrim.methods.spectrim import TwoSidedEntries, TwoSidedSVD
 from spectrim.model import targets
 from spectrim.model.blocks import Batch, share_inputs
 from spectrim.model.live import Installed
@@ -32,11 +33,11 @@ FORMATS = pytest.mark.parametrize("format", ["low_rank", "pivot"])
 class Trial:
     """A tiny model whose targets are decomposed on both sides; what is run on it is counted."""
 
-    def __init__(self, format: str = "pivot") -> None:
+    def __init__(self, format: str = "pivot", method: Decomposer | None = None) -> None:
         self.model, self.format = FAMILIES["llama"].make(), format
         structure = share_inputs(self.model, targets.find(self.model))
         self.targets = list(structure.targets)
-        method = TwoSidedSVD()
+        method = TwoSidedSVD() if method is None else method
         wanted = {i: Wanted(dict.fromkeys(structure.of_block(i), method.needs)) for i in range(structure.count)}
         self.candidates: dict[str, Candidate] = {}
         for _, measured in resident(self.model, structure, [Batch(IDS)], wanted):
@@ -296,5 +297,30 @@ def test_ratio_0_and_too_much(trial: Trial) -> None:
 
 def test_other_units_are_refused() -> None:
     for name, kind in registry.decomposers().items():
-        refused = MeasuredCurve().refuses(kind())
-        assert bool(refused) == (kind().kinds[0] != "rank" or "entry" in kind().kinds), name
+        entries, ranks = ("entry" in kind().kinds, "rank" in kind().kinds)
+        assert bool(MeasuredCurve().refuses(kind())) == (entries == ranks), name
+        assert bool(MeasuredCurve(exchange=2).refuses(kind())) == (entries or not ranks), name
+
+
+@FORMATS
+@pytest.mark.parametrize("method", [Wanda(), TwoSidedEntries()], ids=["wanda", "two_sided_entries"])
+def test_of_entries_a_rank_stands_for_as_many_as_it_has_parameters(format: str, method: Any) -> None:
+    of = Trial(format, method)
+    problem = of.problem(0.3)
+    for target in of.targets:
+        (part,), scores = target.parts, of.candidates[target.name].units[0].scores.double()
+        curve = _curve(problem, target)
+        for rank in range(min(part.out_features, part.in_features) + 1):
+            count = budget.rank_cost(format, part, rank)
+            assert float(curve[rank]) == pytest.approx(float(scores[count:].square().sum()) / 2, rel=1e-6, abs=1e-12)
+    plan = MeasuredCurve().allocate(problem)
+    assert 0.98 * problem.budget < plan.spent <= problem.budget
+    settled = {name: of.candidates[name].settle(choice) for name, choice in plan.choices.items()}
+    kinds = {choice.formats[name]: choice.counts["rank"] for name, choice in settled.items()}
+    assert kinds == {budget.WITH_ENTRIES[format]: 0}
+    losses = [rounds.whole(plan) for rounds in [_Rounds(MeasuredCurve(), problem)]]
+    with torch.no_grad(), of.live.installed(Plan(settled, 0, 0)):
+        other = of.model(IDS).logits.double().log_softmax(-1)
+    with torch.no_grad():
+        dense = of.model(IDS).logits.double().log_softmax(-1)
+    assert losses == [pytest.approx(float((dense.exp() * (dense - other)).sum(-1).mean()), rel=1e-4)]

@@ -25,46 +25,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from spectrim.calibrate.statistics import Norm, Statistic
-from spectrim.core.budget import WITH_ENTRIES, rank_cost
-from spectrim.core.plan import Candidate, Choice, Kind, Measured, Target, Tensors, Units
+from spectrim.core.plan import Candidate, Kind, Measured, Target, Tensors, Units
 from spectrim.core.registry import Decomposer, Statistics, decomposer
-
-
-@dataclass(frozen=True)
-class EntryCandidate(Candidate):
-    """All entries of one matrix, best first: `entries` of its tensors are their places row · in + column."""
-
-    def first(self, parameters: int) -> Choice:
-        """As many entries as there are parameters."""
-        return self._of(WITH_ENTRIES[self.format], parameters)
-
-    def settle(self, choice: Choice) -> Choice:
-        """A choice of a rank becomes one of as many entries as it has parameters; any other is returned as it is."""
-        (part,) = self.target.parts
-        format = choice.formats[part.module]
-        if format not in WITH_ENTRIES:
-            return choice
-        return self._of(WITH_ENTRIES[format], rank_cost(format, part, choice.counts["rank"]))
-
-    def _of(self, format: str, parameters: int) -> Choice:
-        (part,) = self.target.parts
-        return Choice({part.module: format}, {"rank": 0, "entry": max(0, min(parameters, part.parameters))})
-
-    def cut(self, choice: Choice) -> dict[str, dict[str, Tensor]]:
-        """`entries` in rising order and `values`, those of the weight; of a dense choice `weight`.
-
-        Raises ValueError for a choice of ranks: `settle` makes it one of entries.
-        """
-        (part,) = self.target.parts
-        weight = self.weights()[part.module]
-        if choice.formats[part.module] == "dense":
-            return {part.module: {"weight": weight}}
-        if "entry" not in choice.counts or choice.counts["rank"]:
-            raise ValueError(f"{part.module} has entries and no rank, but is to be cut to {dict(choice.counts)}")
-        count, places = choice.counts["entry"], self.tensors()["entries"]
-        chosen = self.learned["entries"][:count] if "entries" in self.learned else slice(count)
-        places = places[chosen].long().sort().values.to(weight.device)
-        return {part.module: {"entries": places, "values": weight.flatten()[places]}}
+from spectrim.core.sparse import EntryCandidate
 
 
 @dataclass(frozen=True)

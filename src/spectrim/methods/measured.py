@@ -4,7 +4,8 @@ Of matrix k the spectrum predicts what a rank loses up to a factor, and measurem
 
     D_k(r) = ½ Σ_{i ≥ r} σ_i²,      s_k(r) = KL(dense ‖ model with k alone at rank r) / D_k(r),      first at r = r⁰_k.
 
-The plan then solves, over every rank smaller than dense, and dense itself at no loss,
+Of entries a rank stands for as many as it has parameters. The plan then solves, over every rank smaller than dense,
+and dense itself at no loss,
 
     minimise Σ_k s_k D_k(r_k)   subject to   Σ_k parameters_k(r_k) ≤ budget
 
@@ -109,9 +110,12 @@ class MeasuredCurve(Allocator):
         return self.multiple
 
     def refuses(self, decomposer: Decomposer) -> str:
-        """What has other units than ranks alone."""
-        if "entry" in decomposer.kinds or "rank" not in decomposer.kinds:
-            return f"measured_curve shares out ranks, and {type(decomposer).__name__} has {', '.join(decomposer.kinds)}"
+        """What has neither ranks nor entries, or both; and entries where rank is to move."""
+        name, kinds = type(decomposer).__name__, decomposer.kinds
+        if ("entry" in kinds) == ("rank" in kinds):
+            return f"measured_curve shares out ranks or entries, and {name} has {', '.join(kinds)}"
+        if self.exchange and "entry" in kinds:
+            return f"exchange moves ranks, and {name} has entries: set allocate.exchange to 0"
         return ""
 
     def check(self, problem: Problem) -> None:
@@ -253,12 +257,13 @@ class _Rounds:
 
     def whole(self, plan: Plan) -> float:
         """KL(dense ‖ the model with a plan), nats a token; remembered."""
-        method, base = self.method, dict(plan.choices)
+        method = self.method
+        ranks = {name: choice.counts["rank"] for name, choice in sorted(plan.choices.items())}
 
         def make() -> Mapping[str, Tensor]:
+            base = {name: self.choice(name, rank) for name, rank in ranks.items()}
             return _kept(self.measures.deviation(base, method.trial, method.length))
 
-        ranks = {name: choice.counts["rank"] for name, choice in sorted(base.items())}
         fields = {"ranks": ranks, "trial": method.trial, "length": method.length}
         return float(self.problem.remember("measured", fields, make)["values"])
 
@@ -298,18 +303,23 @@ def _refuse(problem: Problem, lowest: int, what: str) -> None:
 
 
 def _curve(problem: Problem, target: Target) -> Float[Tensor, "_"]:
-    """D at every rank from 0 to the smaller side, float64; a spectrum that ends early loses nothing after."""
+    """D at every rank from 0 to the smaller side, float64; a spectrum that ends early loses nothing after.
+
+    Of entries: at as many as a rank has parameters.
+    """
     assert problem.candidates is not None
-    spectrum = problem.candidates[target.name].rank_units.scores.to("cpu", torch.float64)
+    (units,) = (units for units in problem.candidates[target.name].units if units.kind in ("rank", "entry"))
+    spectrum = units.scores.to("cpu", torch.float64)
     if not bool(spectrum.isfinite().all()):
         raise ValueError(
             f"the spectrum of {target.name} has values that are not finite: its weight or its calibration "
             "statistics overflowed; decompose it from finite ones"
         )
     part = single(target)
-    missing = min(part.out_features, part.in_features) + 1 - len(spectrum)
-    energies = torch.nn.functional.pad(spectrum.square() / 2, (0, max(0, missing)))
-    return energies.flip(0).cumsum(0).flip(0)
+    ranks = range(min(part.out_features, part.in_features) + 1)
+    counts = torch.tensor([rank_cost(problem.format, part, r) if units.kind == "entry" else r for r in ranks])
+    energies = torch.nn.functional.pad(spectrum.square() / 2, (0, 1))
+    return energies.flip(0).cumsum(0).flip(0)[counts.clamp_max(len(spectrum))]
 
 
 def scaled(curve: Float[Tensor, "_"], points: Mapping[int, float]) -> Float[Tensor, "_"]:
