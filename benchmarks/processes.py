@@ -1,8 +1,8 @@
 """Two processes of gloo, with one thread each, against one process with one thread: wall time of a run, imports apart.
 
 A run that decomposition dominates: blocks of hidden 1536, FFN 4096, a few short windows, the recipe `whitened`. Every
-run is in processes of its own, which import everything first; the time is that of `spectrim.compress`, in the process
-that takes longest, its meeting the other one included. The two sides take turns.
+run is in processes of its own, which import everything first and begin when all have; the time is that of
+`spectrim.compress`, in the process that takes longest, its meeting the other one included. The two sides take turns.
 
 The seven matrices of a block cost out · in · min(out, in) each: dealt to two processes the larger share is 0.53 of
 them, so half the time cannot be reached here.
@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,6 @@ SHAPE = {
 
 def compressed(model: Path, out: Path, windows: tuple[int, int], report: Path) -> None:
     """One run in this process, alone or with others; writes its seconds, and what it says of its stages."""
-    import time
-
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401  would else be imported by the run
 
@@ -45,9 +44,23 @@ def compressed(model: Path, out: Path, windows: tuple[int, int], report: Path) -
 
     torch.set_num_threads(1)
     ids = torch.randint(100, windows, generator=torch.Generator().manual_seed(0))
+    _imported(report)
     start = time.perf_counter()
     made = pipeline.compress(model, "whitened", RATIO, ids, out, settings=["calibrate.batch=1"])
     common.write(report, {"seconds": time.perf_counter() - start, **made.run})
+
+
+def _imported(report: Path) -> None:
+    """Tell the other processes of a run, by a file beside the report, and wait for them: imports differ by a second.
+
+    Raises TimeoutError where one of them has not come within five minutes.
+    """
+    report.with_suffix(".imported").touch()
+    last = time.monotonic() + 300
+    while len(list(report.parent.glob("*.imported"))) < int(os.environ.get("WORLD_SIZE", "1")):
+        if time.monotonic() > last:
+            raise TimeoutError(f"another process of {report.parent} did not come")
+        time.sleep(0.001)
 
 
 def run(model: Path, folder: Path, windows: tuple[int, int], processes: int) -> dict[str, Any]:
@@ -57,7 +70,8 @@ def run(model: Path, folder: Path, windows: tuple[int, int], processes: int) -> 
         port = free.getsockname()[1]
     limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     meeting = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    reports = [folder / f"report-{processes}-{rank}.json" for rank in range(processes)]
+    (own_reports := folder / f"reports-{processes}").mkdir()
+    reports = [own_reports / f"{rank}.json" for rank in range(processes)]
     running = []
     for rank, report in enumerate(reports):
         command = [sys.executable, "-m", "benchmarks.processes", str(report), "--model", str(model)]
