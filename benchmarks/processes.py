@@ -1,8 +1,9 @@
 """Two processes of gloo, with one thread each, against one process with one thread: wall time of a run, imports apart.
 
 A run that decomposition dominates: blocks of hidden 1536, FFN 4096, a few short windows, the recipe `whitened`. Every
-run is in processes of its own, which import everything first and begin when all have; the time is that of
-`spectrim.compress`, in the process that takes longest, its meeting the other one included. The two sides take turns.
+run is started by torchrun, in processes of its own, which import everything first and begin when all have. The time is
+that of `spectrim.compress`, in the process that takes longest, its meeting the other one included. The two sides take
+turns.
 
 The seven matrices of a block cost out · in · min(out, in) each: dealt to two processes the larger share is 0.53 of
 them, so half the time cannot be reached here.
@@ -13,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -34,8 +34,8 @@ SHAPE = {
 }  # fmt: skip
 
 
-def compressed(model: Path, out: Path, windows: tuple[int, int], report: Path) -> None:
-    """One run in this process, alone or with others; writes its seconds, and what it says of its stages."""
+def compressed(model: Path, out: Path, windows: tuple[int, int], reports: Path) -> None:
+    """One run in this process, alone or with others; writes its seconds, and what it says of its stages, by rank."""
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401  would else be imported by the run
 
@@ -44,49 +44,35 @@ def compressed(model: Path, out: Path, windows: tuple[int, int], report: Path) -
 
     torch.set_num_threads(1)
     ids = torch.randint(100, windows, generator=torch.Generator().manual_seed(0))
-    _imported(report)
+    _imported(reports)
     start = time.perf_counter()
     made = pipeline.compress(model, "whitened", RATIO, ids, out, settings=["calibrate.batch=1"])
-    common.write(report, {"seconds": time.perf_counter() - start, **made.run})
+    seconds = time.perf_counter() - start
+    common.write(reports / f"{os.environ.get('RANK', '0')}.json", {"seconds": seconds, **made.run})
 
 
-def _imported(report: Path) -> None:
-    """Tell the other processes of a run, by a file beside the report, and wait for them: imports differ by a second.
+def _imported(folder: Path) -> None:
+    """Tell the other processes of a run, by a file, and wait for them: imports differ by a second.
 
     Raises TimeoutError where one of them has not come within five minutes.
     """
-    report.with_suffix(".imported").touch()
+    (folder / f"{os.environ.get('RANK', '0')}.imported").touch()
     last = time.monotonic() + 300
-    while len(list(report.parent.glob("*.imported"))) < int(os.environ.get("WORLD_SIZE", "1")):
+    while len(list(folder.glob("*.imported"))) < int(os.environ.get("WORLD_SIZE", "1")):
         if time.monotonic() > last:
-            raise TimeoutError(f"another process of {report.parent} did not come")
+            raise TimeoutError(f"another process of {folder} did not come")
         time.sleep(0.001)
 
 
 def run(model: Path, folder: Path, windows: tuple[int, int], processes: int) -> dict[str, Any]:
-    """The report of the process that takes longest. Raises RuntimeError when one fails."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    """The report of the process that takes longest. Raises CalledProcessError when one fails."""
+    (reports := folder / f"reports-{processes}").mkdir()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command += ["-m", "benchmarks.processes", str(reports), "--model", str(model)]
+    command += ["--out", str(folder / f"out-{processes}"), "--windows", *map(str, windows)]
     limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-    meeting = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    (own_reports := folder / f"reports-{processes}").mkdir()
-    reports = [own_reports / f"{rank}.json" for rank in range(processes)]
-    running = []
-    for rank, report in enumerate(reports):
-        command = [sys.executable, "-m", "benchmarks.processes", str(report), "--model", str(model)]
-        command += ["--out", str(folder / f"out-{processes}"), "--windows", *map(str, windows)]
-        own = {**os.environ, **limits, **(meeting | {"RANK": str(rank)} if processes > 1 else {})}
-        running.append(subprocess.Popen(command, cwd=common.ROOT, env=own))
-    try:
-        codes = [process.wait() for process in running]
-    finally:
-        for process in running:
-            process.kill()
-            process.wait()
-    if any(codes):
-        raise RuntimeError(f"processes ended with the exit codes {codes}")
-    found = [json.loads(report.read_text(encoding="utf-8")) for report in reports]
+    subprocess.run(command, cwd=common.ROOT, env={**os.environ, **limits}, check=True)
+    found = [json.loads((reports / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(processes)]
     slowest: dict[str, Any] = max(found, key=lambda report: report["seconds"])
     return {**slowest, "stages_of_the_first": found[0]["timings"]}
 
@@ -119,7 +105,7 @@ def measure() -> dict[str, object]:
 def main() -> None:
     """Measure everything, or, with --model, be a process that is measured."""
     parser = argparse.ArgumentParser(description="Wall time of two processes over one.")
-    parser.add_argument("report", type=Path)
+    parser.add_argument("report", type=Path, help="a file, or with --model a folder")
     parser.add_argument("--model", type=Path, help="a checkpoint: only compress it in this process")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--windows", type=int, nargs=2, default=WINDOWS)
