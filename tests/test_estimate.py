@@ -13,7 +13,9 @@ from transformers import LlamaConfig
 import spectrim
 from spectrim import recipe
 from spectrim.core.budget import largest_rank
+from spectrim.core.plan import Part
 from spectrim.estimate import Estimate, estimate
+from spectrim.methods.spectrim import TwoSidedEntries
 from tests.conftest import letters, save_model
 from tests.families import FAMILIES
 
@@ -51,6 +53,7 @@ def asked(name: str, settings: list[str] | None = None, format: str = "plain") -
         ("whitened", "plain", []), ("whitened", "pivot", ["calibrate.sequential=true"]), ("magnitude", "plain", []),
         ("duo-svd-columns", "plain", []), ("cap-greedy", "plain", QUICK), ("soco", "plain", STEPS),
         ("cap", "plain", [*QUICK, *POLICY]), ("unirank", "plain", MIX), ("spectrim-onepass", "pivot", [*MIX, *TRIAL]),
+        ("spectrim-entries", "plain", [*TRIAL, "groups.0.decompose.steps=1"]),
     ],
 )  # fmt: skip
 def test_the_work_directory_has_about_the_size_that_was_predicted(
@@ -67,6 +70,12 @@ def test_the_work_directory_has_about_the_size_that_was_predicted(
 
 def of(model: Path, name: str, settings: list[str] | None = None) -> Estimate:
     return estimate(model, asked(name, settings))
+
+
+def test_what_fitting_entries_holds_is_counted(model: Path) -> None:
+    written = [of(model, name).stages["write"]["tensors"] for name in ("spectrim-entries", "wanda")]
+    widest = TwoSidedEntries().cutting(Part("layer", 160, 96, "x"))
+    assert widest == 32 * 160 * 96 + 12 * (160**2 + 96**2) and written[0] >= written[1] + widest
 
 
 def test_candidates_for_learning_are_whole(model: Path) -> None:

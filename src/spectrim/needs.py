@@ -252,7 +252,8 @@ def _put_in(setting: Setting, job: Job) -> int:
             rank = budget.rank_within(job.format, part, int(share * part.parameters))
             of_block[inside] = of_block.get(inside, 0) + rank * sides
             factors = budget.largest_rank(job.format, part) * sides
-            cut = max(cut, part.parameters * (setting.stored + 4) + 8 * factors)
+            held = part.parameters * (setting.stored + 4) + 8 * factors
+            cut = max(cut, held + job.decomposers[target.name].cutting(part))
     return setting.size * max(of_block.values()) + cut
 
 
@@ -350,5 +351,5 @@ def _written(setting: Setting) -> Iterator[int]:
             for part in target.parts:
                 rank = budget.largest_rank(job.format, part)
                 factors = rank * (part.out_features + part.in_features)
-                dense = part.parameters * (setting.stored + 4)
+                dense = part.parameters * (setting.stored + 4) + job.decomposers[target.name].cutting(part)
                 yield dense + (8 * factors if job.format == "low_rank" else 8 * (3 * part.parameters + 2 * factors))

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from spectrim.core.plan import Candidate, Choice, Kind, Measured, Plan, Target, Tensors, Units
+from spectrim.core.plan import Candidate, Choice, Kind, Measured, Part, Plan, Target, Tensors, Units
 from spectrim.core.progress import Progress, silent
 
 # Statistic objects live in calibrate.statistics; core only passes them on.
@@ -69,6 +69,10 @@ class Decomposer(Protocol):
     def adds_bias(self) -> bool:
         """Whether what it makes of a module has a bias, also where the dense one lacks it."""
         return False
+
+    def cutting(self, part: Part) -> int:
+        """Bytes that its candidates hold while they are cut to a choice, beside the weight and its factors."""
+        return 0
 
     def settled(self, backwards: bool) -> Decomposer:
         """The same with what it leaves open (`auto`) decided; backwards: whether the model can be run backwards."""

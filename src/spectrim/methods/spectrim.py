@@ -44,7 +44,7 @@ from torch import Tensor
 
 from spectrim.calibrate.statistics import Gram, OutputFisher, Statistic, Tokens
 from spectrim.core.linalg import damped, directions, two_sided
-from spectrim.core.plan import Candidate, Kind, Measured, Target, Tensors, Units
+from spectrim.core.plan import Candidate, Kind, Measured, Part, Target, Tensors, Units
 from spectrim.core.registry import Decomposer, Statistics, decomposer
 from spectrim.core.sparse import EntryCandidate, alone, best_entries, fitted
 
@@ -154,6 +154,10 @@ class TwoSidedEntries(TwoSided):
     def keeps(self) -> tuple[Statistic, ...]:
         """The metric: cutting reads it."""
         return tuple(statistic for statistic in self.needs if statistic != Tokens())
+
+    def cutting(self, part: Part) -> int:
+        """Eight arrays of its size in float32, and its metrics in that and in float64."""
+        return 32 * part.parameters + 12 * (part.in_features**2 + part.out_features**2)
 
     def decompose(self, target: Target, weights: Mapping[str, Tensor], stats: Mapping[str, Statistics]) -> Candidate:
         """Entry units of a single-matrix target, squares of their scores in twice nats a token.
