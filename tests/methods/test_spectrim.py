@@ -19,7 +19,7 @@ from spectrim.calibrate.statistics import Gram, OutputFisher, Tokens
 from spectrim.core import registry
 from spectrim.core.linalg import damped, directions, two_sided
 from spectrim.core.plan import Candidate, Choice, Part, Target
-from spectrim.core.sparse import EntryCandidate, alone, best_entries, fitted, lost
+from spectrim.core.sparse import EntryCandidate, alone, best_entries, fitted
 from spectrim.methods.spectrim import TwoSided, TwoSidedEntries, TwoSidedSVD
 from spectrim.model import targets
 from spectrim.model.blocks import Batch, share_inputs
@@ -95,6 +95,11 @@ def cut_to(candidate: Candidate, count: int) -> tuple[Tensor, Tensor]:
     weight = candidate.weights()["layer"]
     made = torch.zeros(weight.numel(), dtype=torch.float64).index_copy(0, cut["entries"], cut["values"].double())
     return cut["entries"], made.view(weight.shape)
+
+
+def lost(missed: Tensor, metric: Tensor, output: Tensor) -> Tensor:
+    """½ tr(B E G Eᵀ) of what is missed."""
+    return ((output @ missed) * (missed @ metric)).sum() / 2
 
 
 @pytest.mark.parametrize("shape", [(8, 14), (14, 8)])

@@ -68,13 +68,6 @@ def alone(metric: Float[Tensor, "in in"], output: Float[Tensor, "out out"]) -> F
     return output.double().diagonal()[:, None] * metric.double().diagonal()
 
 
-def lost(
-    missed: Float[Tensor, "out in"], metric: Float[Tensor, "in in"], output: Float[Tensor, "out out"]
-) -> Float[Tensor, ""]:
-    """½ tr(B E G Eᵀ) of what is missed."""
-    return ((output @ missed) * (missed @ metric)).sum() / 2
-
-
 def best_entries(
     weight: Float[Tensor, "out in"],
     metric: Float[Tensor, "in in"],
@@ -102,8 +95,10 @@ def best_entries(
         found = float(((weight - values) * missed).sum(dtype=torch.float64))
         if found < least:
             best, least = (kept, values), found
+        if turn == turns:
+            break
         after = _largest(torch.where(kept, values, inverse * missed).square() * each, count)
-        if turn == turns or bool((after == kept).all()):
+        if bool((after == kept).all()):
             break
         kept, values = after, fitted(weight, metric, output, after, torch.where(after, values, 0.0), steps)
     places = best[0].flatten().nonzero().flatten()
