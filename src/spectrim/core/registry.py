@@ -19,7 +19,6 @@ from spectrim.core.progress import Progress, silent
 # Statistic objects live in calibrate.statistics; core only passes them on.
 Statistics = Mapping[Any, Tensor]
 
-
 Sees = Literal["shapes", "units", "model"]
 
 
@@ -246,9 +245,9 @@ class Problem:
 
     budget: parameters that may be kept over `targets`; format: the module format of rank units; fixed: by target,
     parameters of a bias that its method adds once it is not dense; itemsize: bytes of a number as it will be stored,
-    known where candidates are. candidates (by target) and statistics (by index of
-    the block) only for an allocator whose `sees` is "units" or "model", live only for "model"; in its place one
-    that says what is `streamed` has `measures` where there is a limit on memory.
+    known where candidates are. candidates (by target) and statistics (by index of the block) only for an allocator
+    whose `sees` is "units" or "model", live only for "model"; in its place one that says what is `streamed` has
+    `measures` where there is a limit on memory.
     """
 
     targets: Sequence[Target]
@@ -275,8 +274,7 @@ class Problem:
 class Allocator(Protocol):
     """Spends a budget over targets. A frozen dataclass: its fields are its settings.
 
-    A class that names this one as its base has the defaults of `learns`, `streamed`, `trained_bytes`, `refuses` and
-    `check`.
+    A class that names this one as its base has the defaults of what has a body here.
     """
 
     @property
@@ -307,10 +305,8 @@ class Allocator(Protocol):
         return None
 
     def trained_bytes(self, target: Target, directions: int, entries: int) -> int:
-        """About what a training keeps on disk of so many units of a target: a state under way, a result, the plan's.
-
-        By default what AdamW and a few numbers for each unit take, all in float32.
-        """
+        """About what a training keeps on disk of so many units of a target: a state under way, a result, the plan's."""
+        # AdamW and a few numbers for each unit, all in float32
         return 56 * (directions + entries)
 
     def refuses(self, decomposer: Decomposer) -> str:
