@@ -315,12 +315,10 @@ class Run:
         key, decomposer = self.key(target, upstream), self.decomposers[target.name]
         lean = not self.store.has("candidate", key)
         units = unpacked_units(self.store.load("spectrum" if lean else "candidate", key, prefix="units."))
-
-        def tensors() -> dict[str, Tensor]:
-            return self._made_again(target, upstream) if lean else self.store.load("candidate", key)
-
         candidate: Candidate = decomposer.restore(
-            target, units, tensors, lambda: self.weights(target, upstream),
+            target, units,
+            lambda: self._made_again(target, upstream) if lean else self.store.load("candidate", key),
+            lambda: self.weights(target, upstream),
             lambda: self._measured(target, decomposer.keeps, upstream),
         )  # fmt: skip
         if not any(of_kind.kind == "rank" for of_kind in units):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from spectrim.calibrate.collect import without_dropout
 from spectrim.calibrate.states import Streams
-from spectrim.calibrate.streamed import enter, moved
+from spectrim.calibrate.streamed import enter
 from spectrim.core import distributed, heap
 from spectrim.core.meter import last_batches
 from spectrim.core.plan import Choice
@@ -124,7 +124,7 @@ class _Walk:
     def _answers_tuple(self) -> bool:
         """What kind of answer the model expects of its blocks."""
         i, calls = next(zip(self.own, self.calls, strict=True))
-        call, state = moved(calls[0], self.of.device), self.streams.get(DENSE, i).to(self.of.device)
+        call, state = calls[0].to(self.of.device), self.streams.get(DENSE, i).to(self.of.device)
         answer = self.model.get_submodule(self.structure.block(0))(state, *call.args, **call.kwargs)
         return isinstance(answer, (tuple, list))
 
@@ -149,7 +149,7 @@ class _Walk:
         """All batches of a stream through the block as it is; what leaves it is a stream's."""
         block, device = self.model.get_submodule(self.structure.block(index)), self.of.device
         for i, calls in zip(self.own, self.calls, strict=True):
-            output = blocks.run(block, self.streams.get(source, i).to(device), moved(calls[index], device))
+            output = blocks.run(block, self.streams.get(source, i).to(device), calls[index].to(device))
             if to == DENSE and not torch.isfinite(output).all():
                 raise ValueError(
                     f"{self.structure.block(index)} gives values that are not finite on the trial windows: their "

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -151,39 +152,40 @@ class Collector:
             yield rows if self.mask is None else rows[self.mask[i].to(rows.device)]
 
     def _on_input(self, key: str, statistic: Statistic, module: str) -> None:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            width = args[0].shape[-1]
-            for rows in self._by_sequence(args[0]) if statistic.by_sequence else [self._real(args[0])]:
-                statistic.update(self._state(key, statistic, width), rows)
-
+        hook = partial(self._seen, key, statistic)
         self.handles.append(self._module(module).register_forward_pre_hook(hook))
 
+    def _seen(self, key: str, statistic: Statistic, _: nn.Module, args: tuple[Any, ...]) -> None:
+        width = args[0].shape[-1]
+        for rows in self._by_sequence(args[0]) if statistic.by_sequence else [self._real(args[0])]:
+            statistic.update(self._state(key, statistic, width), rows)
+
     def _on_gradient(self, module: str, statistics: tuple[Statistic, ...]) -> None:
-        parts = {part.module: part for target in self.targets for part in target.parts}
-        width = parts[module].in_features
         of_weight = [s for s in statistics if s.of == "weight"]
         of_output = [s for s in statistics if s.of == "output"]
-
-        def add(chosen: list[Statistic], gradient: Tensor) -> None:
-            for statistic in chosen:
-                if statistic.labels == self.labels and self.first % statistic.one_of == 0:
-                    statistic.update(self._state(module, statistic, width), gradient)
-
-        def on_weight(weight: Tensor) -> None:
-            assert weight.grad is not None
-            add(of_weight, oriented(self._module(module), weight.grad))
-            weight.grad = None
-
-        def on_output(_: nn.Module, __: Any, output: Tensor) -> None:
-            if output.requires_grad:
-                output.register_hook(lambda gradient: add(of_output, self._real(gradient).T))
-
         if of_weight:
             parameter = self._module(module).weight
             assert isinstance(parameter, nn.Parameter)
-            self.handles.append(parameter.register_post_accumulate_grad_hook(on_weight))
+            hook = partial(self._take_gradient, module, of_weight)
+            self.handles.append(parameter.register_post_accumulate_grad_hook(hook))
         if of_output:
-            self.handles.append(self._module(module).register_forward_hook(on_output))
+            watch = partial(self._watch_output, module, of_output)
+            self.handles.append(self._module(module).register_forward_hook(watch))
+
+    def _take_gradient(self, module: str, statistics: list[Statistic], weight: Tensor) -> None:
+        assert weight.grad is not None
+        self._add(module, statistics, oriented(self._module(module), weight.grad))
+        weight.grad = None
+
+    def _watch_output(self, module: str, statistics: list[Statistic], _: nn.Module, __: Any, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda gradient: self._add(module, statistics, self._real(gradient).T))
+
+    def _add(self, module: str, statistics: list[Statistic], gradient: Tensor) -> None:
+        width = next(p.in_features for target in self.targets for p in target.parts if p.module == module)
+        for statistic in statistics:
+            if statistic.labels == self.labels and self.first % statistic.one_of == 0:
+                statistic.update(self._state(module, statistic, width), gradient)
 
     def _watch_sublayers(self) -> None:
         block = self._module(self.block)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -21,6 +22,19 @@ Run = Callable[[Tensor], Tensor]  # a block, from the state that enters it
 
 class _Enough(Exception):
     """Raised in a block when all that a step watches has been seen."""
+
+
+class _Left:
+    """What a run of a block has still to come to; it ends there."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = set(names)
+
+    def came_to(self, name: str, *_: object) -> None:
+        """As a hook too."""
+        self.names.discard(name)
+        if not self.names:
+            raise _Enough
 
 
 class Missed:
@@ -81,37 +95,30 @@ class Missed:
         """Add what the batch gives; known: as in `dense`."""
         with seen_of(self.model, self.before - set(known)) as seen, ExitStack() as stack:
             seen |= known
-            left = {*self.sums, *self.readers, *self.read}
-
-            def came_to(name: str) -> None:
-                left.discard(name)
-                if not left:
-                    raise _Enough
-
-            def enters(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-                def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-                    if name in self.readers:
-                        _add(self.moved[self.readers[name]], self.wanted.pop(name) - args[0], args[0], batch)
-                    if name not in self.sums:
-                        came_to(name)
-
-                return hook
-
-            def leaves(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-                def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-                    wanted = self.wanted.pop(name)
-                    if name in self.ends:
-                        wanted = wanted - sum((seen[other].reshape(state.shape) for other in self.ends[name]), state)
-                    _add(self.sums[name], wanted.reshape(output.shape) - output, args[0], batch)
-                    came_to(name)
-
-                return hook
-
+            left = _Left({*self.sums, *self.readers, *self.read})
             for name in {**self.readers, **dict.fromkeys(sorted(self.read))}:
-                stack.callback(self._module(name).register_forward_pre_hook(enters(name)).remove)
+                entering = partial(self._enters, name, left, batch)
+                stack.callback(self._module(name).register_forward_pre_hook(entering).remove)
             for name in self.sums:
-                stack.callback(self._module(name).register_forward_hook(leaves(name)).remove)
+                leaving = partial(self._leaves, name, left, batch, seen, state)
+                stack.callback(self._module(name).register_forward_hook(leaving).remove)
             _until_enough(run, state)
+
+    def _enters(self, name: str, left: _Left, batch: Batch, _: nn.Module, args: tuple[Any, ...]) -> None:
+        if name in self.readers:
+            _add(self.moved[self.readers[name]], self.wanted.pop(name) - args[0], args[0], batch)
+        if name not in self.sums:
+            left.came_to(name)
+
+    def _leaves(
+        self, name: str, left: _Left, batch: Batch, seen: Mapping[str, Tensor], state: Tensor, _: nn.Module,
+        args: tuple[Any, ...], output: Tensor,
+    ) -> None:  # fmt: skip
+        wanted = self.wanted.pop(name)
+        if name in self.ends:
+            wanted = wanted - sum((seen[other].reshape(state.shape) for other in self.ends[name]), state)
+        _add(self.sums[name], wanted.reshape(output.shape) - output, args[0], batch)
+        left.came_to(name)
 
     def _module(self, name: str) -> nn.Module:
         return self.model.get_submodule(name)
@@ -149,26 +156,25 @@ def seen_of(
     seen: dict[str, Tensor] = {}
     handles: list[RemovableHandle] = []
     outputs, inputs = list(outputs), list(inputs)
-    left = {*outputs, *inputs, *ending}
-
-    def came_to(name: str) -> None:
-        left.discard(name)
-        if stop and not left:
-            raise _Enough
-
-    def watch(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor | None = None) -> None:
-            value = args[0] if output is None else output
-            seen[name] = value.detach().clone()  # a block may add to it in place
-            came_to(name)
-
-        return hook
-
-    handles += [model.get_submodule(name).register_forward_hook(watch(name)) for name in outputs]
-    handles += [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in inputs]
-    handles += [model.get_submodule(name).register_forward_hook(lambda *_, name=name: came_to(name)) for name in ending]
+    left = _Left({*outputs, *inputs, *ending}) if stop else None
+    for name in outputs:
+        handles.append(model.get_submodule(name).register_forward_hook(partial(_see, seen, left, name)))
+    for name in inputs:
+        handles.append(model.get_submodule(name).register_forward_pre_hook(partial(_see, seen, left, name)))
+    if left is not None:
+        handles += [model.get_submodule(name).register_forward_hook(partial(left.came_to, name)) for name in ending]
     try:
         yield seen
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _see(
+    seen: dict[str, Tensor], left: _Left | None, name: str, _: nn.Module, args: tuple[Any, ...],
+    output: Tensor | None = None,
+) -> None:  # fmt: skip
+    value = args[0] if output is None else output
+    seen[name] = value.detach().clone()  # a block may add to it in place
+    if left is not None:
+        left.came_to(name)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from typing import Literal
 
@@ -23,7 +23,7 @@ from spectrim.calibrate.missed import Missed, seen_of
 from spectrim.calibrate.replayed import Replayed
 from spectrim.calibrate.states import States
 from spectrim.calibrate.statistics import Statistic
-from spectrim.calibrate.streamed import enter, moved
+from spectrim.calibrate.streamed import enter
 from spectrim.core import distributed, heap
 from spectrim.core.plan import Part, Target
 from spectrim.core.progress import Progress, silent
@@ -235,11 +235,10 @@ class _Block:
 
     def _from(self, states: States, i: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """What enters the block, and what runs it."""
+        return states.get(self.index, i).to(self.of.device), partial(self._through, i)
 
-        def run(state: Tensor) -> Tensor:
-            return blocks.run(self.model.get_submodule(self.prefix), state, moved(self.calls[i], self.of.device))
-
-        return states.get(self.index, i).to(self.of.device), run
+    def _through(self, i: int, state: Tensor) -> Tensor:
+        return blocks.run(self.model.get_submodule(self.prefix), state, self.calls[i].to(self.of.device))
 
     def _run(self, states: States, i: int, known: Tensor | None = None) -> Tensor:
         state, run = self._from(states, i)
@@ -249,7 +248,7 @@ class _Block:
     def answers_tuple(self) -> bool:
         """What kind of answer the model expects of its blocks."""
         i = min(self.calls)
-        call, state = moved(self.calls[i], self.of.device), self.of.dense.get(self.index, i).to(self.of.device)
+        call, state = self.calls[i].to(self.of.device), self.of.dense.get(self.index, i).to(self.of.device)
         with without_dropout(self.model):
             return isinstance(self.model.get_submodule(self.prefix)(state, *call.args, **call.kwargs), (tuple, list))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -90,27 +91,28 @@ class Replayed:
 
     def _replace(self, stack: ExitStack, key: tuple[str, int, str], replay: bool, keeps: Callable[[], bool]) -> None:
         """Have a part answer from what is kept, call by call, and keep the answers of further calls."""
-        part, inside = self.model.get_submodule(key[2]), [name for name in self.added if name.startswith(f"{key[2]}.")]
-        original, calls, seen = part.forward, count(), dict[str, tuple[Tensor, int]]()
-        for name in inside:
-            hook = self.model.get_submodule(name).register_forward_hook(
-                lambda _, __, output, name=name: seen.__setitem__(name, (output, output._version))
-            )
-            stack.callback(hook.remove)
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            answers, place = self.held.get(key, []), next(calls)
-            if replay and place < len(answers):
-                return tree_map(lambda leaf: _copied(leaf, self._device), answers[place].value)
-            seen.clear()
-            answer = original(*args, **kwargs)
-            # an output that something was added to in place is not known any more
-            if keeps() and place == len(answers) and all(made._version == then for made, then in seen.values()):
-                self._keep(key, answer, {name: made for name, (made, _) in seen.items()})
-            return answer
-
+        part, seen = self.model.get_submodule(key[2]), dict[str, tuple[Tensor, int]]()
+        for name in self.added:
+            if name.startswith(f"{key[2]}."):
+                hook = self.model.get_submodule(name).register_forward_hook(partial(_note, seen, name))
+                stack.callback(hook.remove)
         stack.callback(_restored(part))
-        part.forward = forward
+        part.forward = partial(self._answer, key, part.forward, count(), replay, keeps, seen)
+
+    def _answer(
+        self, key: tuple[str, int, str], original: Callable[..., Any], calls: Iterator[int], replay: bool,
+        keeps: Callable[[], bool], seen: dict[str, tuple[Tensor, int]], *args: Any, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        """What the next call of a part gives; the arguments after `seen` are the call's."""
+        answers, place = self.held.get(key, []), next(calls)
+        if replay and place < len(answers):
+            return tree_map(lambda leaf: _copied(leaf, self._device), answers[place].value)
+        seen.clear()
+        answer = original(*args, **kwargs)
+        # an output that something was added to in place is not known any more
+        if keeps() and place == len(answers) and all(made._version == then for made, then in seen.values()):
+            self._keep(key, answer, {name: made for name, (made, _) in seen.items()})
+        return answer
 
     def _keep(self, key: tuple[str, int, str], answer: Any, seen: dict[str, Tensor]) -> None:
         """Keep an answer as far as there is room; what is much larger than a state, as weights of attention, is not."""
@@ -130,6 +132,10 @@ class Replayed:
         if made.bytes <= self.room:
             self.room -= made.bytes
             self.held.setdefault(key, []).append(made)
+
+
+def _note(seen: dict[str, tuple[Tensor, int]], name: str, _: nn.Module, __: Any, output: Tensor) -> None:
+    seen[name] = (output, output._version)
 
 
 def _held(leaf: Any) -> bool:

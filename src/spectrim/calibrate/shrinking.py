@@ -26,16 +26,18 @@ class Shrinking:
     def of(self, measured: ByModule) -> dict[str, dict[Any, Tensor]]:
         """Statistics by module, those that shrink shrunk; of modules that share a tensor, one is made."""
         made: dict[tuple[Any, int], Tensor] = {}
+        return {
+            module: {statistic: self._given(statistic, value, made) for statistic, value in found.items()}
+            for module, found in measured.items()
+        }
 
-        def given(statistic: Any, value: Tensor) -> Tensor:
-            if not (self.share and statistic.shrinks):
-                return value
-            key = (statistic, id(value))
-            if key not in made:
-                made[key] = statistic.shrunk(value, self.share, self.to)
-            return made[key]
-
-        return {module: {s: given(s, value) for s, value in found.items()} for module, found in measured.items()}
+    def _given(self, statistic: Any, value: Tensor, made: dict[tuple[Any, int], Tensor]) -> Tensor:
+        if not (self.share and statistic.shrinks):
+            return value
+        key = (statistic, id(value))
+        if key not in made:
+            made[key] = statistic.shrunk(value, self.share, self.to)
+        return made[key]
 
     def key(self, needs: Iterable[Any]) -> dict[str, str]:
         """What tells in a key what was made of statistics, shrunk; empty where none of them shrinks."""

@@ -8,7 +8,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from spectrim.calibrate.collect import BlockStatistics, Collector, Wanted, portion, without_dropout
 from spectrim.calibrate.states import InMemory, States
@@ -90,7 +89,7 @@ class _Walk:
             for done, ((i, batch), call) in enumerate(zip(self.batches.items(), self.calls, strict=True), 1):
                 if collector is not None:
                     collector.mask, collector.sequences = batch.mask, len(batch.ids)
-                output = blocks.run(block, self.states.get(self.index, i).to(self.device), moved(call, self.device))
+                output = blocks.run(block, self.states.get(self.index, i).to(self.device), call.to(self.device))
                 if not torch.isfinite(output).all():
                     raise ValueError(
                         f"{self.prefix} gives values that are not finite on batch {i}: calibration stopped"
@@ -138,12 +137,3 @@ def enter(
         calls.append(blocks.deduplicated(found, calls[0] if calls else None))
     weights.release_names(loaded)
     return calls
-
-
-def moved(call: Call, device: torch.device) -> Call:
-    """The same call with its tensors on a device."""
-
-    def move(leaf: object) -> object:
-        return leaf.to(device) if isinstance(leaf, Tensor) else leaf
-
-    return Call(*tree_map(move, (call.args, call.kwargs)))

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 
 import torch
 from jaxtyping import Int
@@ -150,11 +151,11 @@ class _Scale:
     fixed: int
     weight: float
 
-    @property
+    @cached_property
     def dense(self) -> int:
         return len(self.names) * self.target.parameters
 
-    @property
+    @cached_property
     def largest(self) -> int:
         """The most units that are smaller than dense."""
         if is_ffn(self.target):
@@ -162,7 +163,7 @@ class _Scale:
         part = self.target.parts[0]
         return rank_within(self.format, part, part.parameters - 1 - self.fixed)
 
-    @property
+    @cached_property
     def floor(self) -> int:
         return min(self.least * self.multiple, self.largest)
 
@@ -223,8 +224,7 @@ def even_ranks(
     low, high = 0.0, 1 / min([scale.weight for scale in scales if scale.weight > 0], default=1.0)
     units = at_share(high)
     if spent(units) > budget:
-        for _ in range(80):
-            middle = (low + high) / 2
+        while low < (middle := (low + high) / 2) < high:  # until the two are neighbours
             low, high = (middle, high) if spent(at_share(middle)) <= budget else (low, middle)
         units = at_share(low)
     _top_up(scales, units, budget - spent(units))

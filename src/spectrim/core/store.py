@@ -16,6 +16,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.metadata import version
 from io import BufferedIOBase
 from pathlib import Path
@@ -105,6 +106,11 @@ def _seal(path: Path) -> None:
         assert carried == _ZEROS, f"{path} is sealed already"
         file.seek(place)
         file.write(actual.encode())
+
+
+def _sealed(write: Callable[[Path], None], path: Path) -> None:
+    write(path)
+    _seal(path)
 
 
 def _damage(path: Path) -> str | None:
@@ -207,12 +213,8 @@ class Store:
         self._write(path, lambda temporary: save_file(contents, temporary, metadata={_SEAL: _ZEROS}))
 
     def _write(self, path: Path, write: Callable[[Path], None]) -> None:
-        def sealed(temporary: Path) -> None:
-            write(temporary)
-            _seal(temporary)
-
         try:
-            write_atomically(path, sealed)
+            write_atomically(path, partial(_sealed, write))
         except (OSError, SafetensorError) as error:
             raise StoreError(
                 f"cannot write {path}: {error}; free some space or give another directory with --work, then run again: "

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,6 +38,10 @@ class Call:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+    def to(self, device: torch.device) -> Call:
+        """The same call with its tensors on a device."""
+        return Call(*tree_map(partial(_leaf_to, device), (self.args, self.kwargs)))
 
 
 def run(
@@ -215,12 +220,12 @@ def _input_keys(model: PreTrainedModel, structure: Structure) -> dict[str, str]:
     embedding = model.get_input_embeddings().weight
     assert isinstance(embedding, Tensor)
     batch = {"inputs_embeds": torch.zeros(1, 4, embedding.shape[1], dtype=model.dtype)}
-    keys: dict[str, str] = {}
+    keys, meta = dict[str, str](), torch.device("meta")
     with _runnable(model, structure):
         state, calls = _record(model, structure, batch)
         for index, call in enumerate(calls):
             names = {t.parts[0].module for t in structure.of_block(index)}
-            keys |= _keys_of_block(model, structure.block(index), names, state.to("meta"), _to_meta(call))
+            keys |= _keys_of_block(model, structure.block(index), names, state.to(meta), call.to(meta))
     return keys
 
 
@@ -267,27 +272,21 @@ def _runnable(model: PreTrainedModel, structure: Structure) -> Iterator[None]:
             setattr(module, name, was)
 
 
-def _to_meta(call: Call) -> Call:
-    def move(leaf: Any) -> Any:
-        return leaf.to("meta") if isinstance(leaf, Tensor) else leaf
-
-    return Call(*tree_map(move, (call.args, call.kwargs)))
+def _leaf_to(device: torch.device, leaf: Any) -> Any:
+    return leaf.to(device) if isinstance(leaf, Tensor) else leaf
 
 
 def _keys_of_block(model: nn.Module, prefix: str, names: set[str], state: Tensor, call: Call) -> dict[str, str]:
     seen: list[tuple[Tensor, str]] = []
     keys: dict[str, str] = {}
 
-    def note(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            first = next((known for tensor, known in seen if tensor is args[0]), None)
-            keys[name] = first or name
-            if first is None:
-                seen.append((args[0], name))
+    def note(name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
+        first = next((known for tensor, known in seen if tensor is args[0]), None)
+        keys[name] = first or name
+        if first is None:
+            seen.append((args[0], name))
 
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(note(name)) for name in sorted(names)]
+    handles = [model.get_submodule(name).register_forward_pre_hook(partial(note, name)) for name in sorted(names)]
     try:
         run(model.get_submodule(prefix), state, call)
     except (NotImplementedError, RuntimeError) as error:
