@@ -38,15 +38,15 @@ def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def killing(at: int, when: str) -> Callable[[Path, Callable[[Path], None]], None]:
+def killing(at: int, when: str) -> Callable[[str | Path, Callable[[str], None]], None]:
     """`write_atomically` that ends the process right before or after the rename of the file that is its `at`-th."""
     original, count = store.write_atomically, 0
 
-    def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    def write_atomically(path: str | Path, write: Callable[[str], None]) -> None:
         nonlocal count
         count += 1
 
-        def write_and_die(temporary: Path) -> None:
+        def write_and_die(temporary: str) -> None:
             write(temporary)
             kill()
 

@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,8 +26,8 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("failure", [ValueError, OSError, KeyboardInterrupt, Killed])
 def test_a_failing_writer_leaves_nothing_and_keeps_the_old_file(tmp_path: Path, failure: type[BaseException]) -> None:
-    def write(path: Path) -> None:
-        path.write_text("half")
+    def write(path: str) -> None:
+        Path(path).write_text("half")
         raise failure("stopped")
 
     for path in (tmp_path / "new.json", tmp_path / "old.json"):
@@ -42,7 +43,8 @@ def test_a_failing_writer_leaves_nothing_and_keeps_the_old_file(tmp_path: Path, 
 def test_a_file_has_its_name_only_once_it_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "file"
 
-    def write(temporary: Path) -> None:
+    def write(name: str) -> None:
+        temporary = Path(name)
         temporary.write_text("half")
         assert temporary.parent == path.parent, "a rename across file systems is no rename"
         assert not path.exists()
@@ -151,7 +153,7 @@ def test_kinds_and_suffixes_are_apart(tmp_path: Path) -> None:
     assert not store.has("candidate", FIELDS, "json")
     store.save_json("candidate", FIELDS, {"b": 2})
     assert store.load_json("candidate", FIELDS) == {"b": 2}
-    assert json.loads(store.path("candidate", FIELDS, "json").read_text())["data"] == {"b": 2}
+    assert json.loads(Path(store.path("candidate", FIELDS, "json")).read_text())["data"] == {"b": 2}
 
 
 def test_the_same_tensors_give_the_same_bytes(tmp_path: Path) -> None:
@@ -159,7 +161,7 @@ def test_the_same_tensors_give_the_same_bytes(tmp_path: Path) -> None:
     for name in ("one", "other"):
         store = Store(tmp_path / name)
         store.save("gram", FIELDS, {"b": torch.ones(2), "a": torch.zeros(3)})
-        files.append(store.path("gram", FIELDS, "safetensors").read_bytes())
+        files.append(Path(store.path("gram", FIELDS, "safetensors")).read_bytes())
     assert files[0] == files[1]
 
 
@@ -205,7 +207,7 @@ def test_what_is_damaged_is_removed_said_and_absent(
 
     store = Store(tmp_path)
     save(store)
-    path = store.path("gram", FIELDS, suffix)
+    path = Path(store.path("gram", FIELDS, suffix))
     whole = path.read_bytes()
     damage(path, how)
     # the one that wrote it sees that it has changed, as does one that has never seen it
@@ -229,18 +231,18 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     for load, suffix in ((store.load, "safetensors"), (store.load_json, "json")):
         with pytest.raises(StoreError, match="is missing") as error:
             load("gram", FIELDS)
-        assert str(store.path("gram", FIELDS, suffix)) in str(error.value)
+        assert store.path("gram", FIELDS, suffix) in str(error.value)
 
 
 def test_damage_that_cannot_be_removed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(tmp_path)
     store.save("gram", FIELDS, {"value": torch.ones(2)})
-    damage(store.path("gram", FIELDS, "safetensors"), "cut off")
+    damage(Path(store.path("gram", FIELDS, "safetensors")), "cut off")
 
-    def unlink(self: Path, missing_ok: bool = False) -> None:
+    def unlink(path: str) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(Path, "unlink", unlink)
+    monkeypatch.setattr(os, "unlink", unlink)
     with pytest.raises(StoreError, match=r"is damaged.*delete it.*Permission denied"):
         store.has("gram", FIELDS)
 
@@ -249,8 +251,8 @@ def test_a_file_is_read_for_its_checksum_once(tmp_path: Path, monkeypatch: pytes
     read: list[str] = []
     original = stores._damage
 
-    def counted(path: Path) -> str | None:
-        read.append(path.name)
+    def counted(path: str) -> str | None:
+        read.append(path)
         return original(path)
 
     monkeypatch.setattr(stores, "_damage", counted)
@@ -261,7 +263,7 @@ def test_a_file_is_read_for_its_checksum_once(tmp_path: Path, monkeypatch: pytes
     other = Store(tmp_path)
     assert other.has("gram", FIELDS) and other.has("gram", FIELDS)
     assert other.load("gram", FIELDS, prefix="units.").keys() == {"units.0"} and other.load("gram", FIELDS)
-    assert read == [store.path("gram", FIELDS, "safetensors").name]
+    assert read == [store.path("gram", FIELDS, "safetensors")]
 
 
 def test_a_checksum_is_computed_by_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,8 +274,35 @@ def test_a_checksum_is_computed_by_pieces(tmp_path: Path, monkeypatch: pytest.Mo
         store = Store(tmp_path / str(piece))
         store.save("gram", FIELDS, {"value": torch.arange(5000)})
         assert Store(store.directory).has("gram", FIELDS)
-        files.append(store.path("gram", FIELDS, "safetensors").read_bytes())
+        files.append(Path(store.path("gram", FIELDS, "safetensors")).read_bytes())
     assert files[0] == files[1]
+
+
+def test_no_path_is_made_of_an_artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each part of a `Path` is interned, and the interpreter's table of these grows with thousands of names."""
+    made: list[str] = []
+    new, joined = Path.__new__, Path.__truediv__
+
+    def made_new(cls: type[Path], *parts: Any, **options: Any) -> Path:
+        made.append(str(parts[-1]))
+        return new(cls, *parts, **options)
+
+    def made_by_joining(self: Path, name: str) -> Path:
+        made.append(name)
+        return joined(self, name)
+
+    store = Store(tmp_path)
+    monkeypatch.setattr(Path, "__new__", made_new)
+    monkeypatch.setattr(Path, "__truediv__", made_by_joining)
+    assert Path("new") / "joined" and made == ["new", "joined"]
+    made.clear()
+    store.save("gram", FIELDS, {"value": torch.ones(2)})
+    store.save_json("gram", FIELDS, {"value": 2})
+    for other in (store, Store(tmp_path)):
+        assert other.has("gram", FIELDS) and other.has("gram", FIELDS, "json") and not other.has("gram", {})
+        assert other.load("gram", FIELDS).keys() == {"value"} and other.load_json("gram", FIELDS) == {"value": 2}
+    store.remove("gram", FIELDS)
+    assert made == []
 
 
 def test_plain_safetensors_reads_an_artifact(tmp_path: Path) -> None:
@@ -328,7 +357,7 @@ def test_a_full_disk_is_a_store_error_that_keeps_what_is_there(tmp_path: Path, m
         with pytest.raises(StoreError, match=r"No space left.*--work"):
             write()
     assert torch.equal(store.load("gram", FIELDS)["value"], torch.ones(2))
-    assert sorted(path.name for path in tmp_path.rglob("*.*")) == [store.path("gram", FIELDS, "safetensors").name]
+    assert sorted(path.name for path in tmp_path.rglob("*.*")) == [Path(store.path("gram", FIELDS, "safetensors")).name]
 
 
 def test_opening_a_store_writes_nothing(tmp_path: Path) -> None:

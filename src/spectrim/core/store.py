@@ -16,6 +16,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
 from io import BufferedIOBase
@@ -52,20 +53,25 @@ def hash_of(fields: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True, default=repr).encode()).hexdigest()[:24]
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: str | Path, write: Callable[[str], None]) -> None:
     """Let `write` fill a file beside `path`, flush it to disk, and rename it: `path` appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    directory = os.path.dirname(path) or "."
+    os.makedirs(directory, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=directory, prefix=f".{os.path.basename(path)}.")
     os.close(handle)
-    temporary = Path(name)
     try:
         write(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
-        temporary.replace(path)
+        os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        _unlink(temporary)
+
+
+def _unlink(path: str) -> None:
+    with suppress(FileNotFoundError):
+        os.unlink(path)
 
 
 def _umask() -> int:
@@ -79,8 +85,10 @@ def write_json(path: Path, data: Any) -> None:
     write_atomically(path, lambda temporary: _dump(temporary, data))
 
 
-def _dump(path: Path, data: Any) -> None:
-    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+def _dump(path: str, data: Any) -> None:
+    text = json.dumps(data, indent=1) + "\n"
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
 
 
 def _checksums(file: BufferedIOBase) -> tuple[str, str, int]:
@@ -99,7 +107,7 @@ def _checksums(file: BufferedIOBase) -> tuple[str, str, int]:
     return found[1].decode(), digest.hexdigest(), found.start(1)
 
 
-def _seal(path: Path) -> None:
+def _seal(path: str) -> None:
     """Put a file's checksum in the place of its zeros."""
     with open(path, "r+b") as file:
         carried, actual, place = _checksums(file)
@@ -108,12 +116,12 @@ def _seal(path: Path) -> None:
         file.write(actual.encode())
 
 
-def _sealed(write: Callable[[Path], None], path: Path) -> None:
+def _sealed(write: Callable[[str], None], path: str) -> None:
     write(path)
     _seal(path)
 
 
-def _damage(path: Path) -> str | None:
+def _damage(path: str) -> str | None:
     """What is wrong with an artifact, None if it is whole."""
     try:
         with open(path, "rb") as file:
@@ -123,39 +131,41 @@ def _damage(path: Path) -> str | None:
     return None if carried == actual else "its bytes do not give the checksum that it carries"
 
 
-def _signature(path: Path) -> tuple[int, int, int] | None:
+def _signature(path: str) -> tuple[int, int, int] | None:
     """What changes with a file, None where there is none."""
     try:
-        found = path.stat()
+        found = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def _mark(path: Path, signature: tuple[int, int, int] | None) -> int:
+def _mark(path: str, signature: tuple[int, int, int] | None) -> int:
     """What stands for a file of a work directory, as it is now, in few bytes."""
-    return hash((path.parent.name, path.name, signature))
+    directory, name = os.path.split(path)
+    return hash((os.path.basename(directory), name, signature))
 
 
-def appears(path: Path, seconds: float = 60.0) -> bool:
+def appears(path: str | Path, seconds: float = 60.0) -> bool:
     """Whether there is such a file. Of several processes one is waited for that another has written.
 
     On another machine's disk it may be there a while before it is seen; listing the directory makes it look again.
     """
     until = time.monotonic() + (seconds if distributed.world() > 1 else 0.0)
-    while not path.exists():
+    while not os.path.exists(path):
         if time.monotonic() >= until:
             return False
         time.sleep(0.1)
-        if path.parent.is_dir():
-            os.listdir(path.parent)
+        if os.path.isdir(directory := os.path.dirname(path) or "."):
+            os.listdir(directory)
     return True
 
 
 class Store:
     """Artifacts of one kind of work in a directory: `<kind>/<key>.safetensors` or `.json`.
 
-    An artifact that is damaged counts as absent: it is removed, and a warning says so.
+    An artifact that is damaged counts as absent: it is removed, and a warning says so. Their paths are strings: a
+    `Path` interns its parts, and after thousands of names CPython doubles its table of interned strings (by 4 MB here).
     """
 
     def __init__(self, directory: Path):
@@ -166,10 +176,10 @@ class Store:
         # hashes of names and signatures: of thousands of artifacts these themselves would add up
         self._whole: set[int] = set()
 
-    def path(self, kind: str, fields: Mapping[str, Any], suffix: str) -> Path:
+    def path(self, kind: str, fields: Mapping[str, Any], suffix: str) -> str:
         """Where the artifact made of `fields` lies; for another version of the package or the store, elsewhere."""
         key = {"store": STORE_VERSION, "spectrim": self.version, "fields": dict(fields)}
-        return self.directory / kind / f"{hash_of(key)}.{suffix}"
+        return os.path.join(self.directory, kind, f"{hash_of(key)}.{suffix}")
 
     def has(self, kind: str, fields: Mapping[str, Any], suffix: str = "safetensors") -> bool:
         """Whether that artifact is there and whole: read once, and again only if the file has changed.
@@ -178,7 +188,7 @@ class Store:
         """
         return self._is_whole(self.path(kind, fields, suffix))
 
-    def _is_whole(self, path: Path) -> bool:
+    def _is_whole(self, path: str) -> bool:
         signature = _signature(path)
         if signature is None:
             return False
@@ -192,10 +202,10 @@ class Store:
             return True
         logger.warning("%s is damaged: %s; it is removed, and made again", path, wrong)
         try:
-            if path.is_dir() and not path.is_symlink():
+            if os.path.isdir(path) and not os.path.islink(path):
                 shutil.rmtree(path)
             else:
-                path.unlink(missing_ok=True)
+                _unlink(path)
         except OSError as error:
             raise StoreError(f"{path} is damaged ({wrong}); delete it and run again: {error}") from error
         return False
@@ -212,7 +222,7 @@ class Store:
         path = self.path(kind, fields, "safetensors")
         self._write(path, lambda temporary: save_file(contents, temporary, metadata={_SEAL: _ZEROS}))
 
-    def _write(self, path: Path, write: Callable[[Path], None]) -> None:
+    def _write(self, path: str, write: Callable[[str], None]) -> None:
         try:
             write_atomically(path, partial(_sealed, write))
         except (OSError, SafetensorError) as error:
@@ -224,7 +234,7 @@ class Store:
 
     def remove(self, kind: str, fields: Mapping[str, Any], suffix: str = "safetensors") -> None:
         """Remove that artifact, if it is there."""
-        self.path(kind, fields, suffix).unlink(missing_ok=True)
+        _unlink(self.path(kind, fields, suffix))
 
     def load(self, kind: str, fields: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
         """The stored tensors, those whose names begin with `prefix`: only these are read once the file is known whole.
@@ -240,7 +250,7 @@ class Store:
         except (OSError, SafetensorError) as error:
             raise StoreError(f"{path} cannot be read ({error}); delete it and run again") from error
 
-    def _present(self, kind: str, fields: Mapping[str, Any], suffix: str) -> Path:
+    def _present(self, kind: str, fields: Mapping[str, Any], suffix: str) -> str:
         path = self.path(kind, fields, suffix)
         if not appears(path) or not self._is_whole(path):
             raise StoreError(f"{path} is missing or was damaged; run again: what is not there is made")
@@ -254,6 +264,7 @@ class Store:
         """The stored JSON data. Raises StoreError as `load` does."""
         path = self._present(kind, fields, "json")
         try:
-            return json.loads(path.read_text(encoding="utf-8"))["data"]
+            with open(path, encoding="utf-8") as file:
+                return json.load(file)["data"]
         except (OSError, ValueError, KeyError) as error:
             raise StoreError(f"{path} cannot be read ({error}); delete it and run again") from error

@@ -242,14 +242,15 @@ def _write(found: Curve, out: Path, draw: bool) -> None:
     write_atomically(out / "curve.png", partial(figure(data).savefig, format="png", dpi=150))
 
 
-def _markdown(data: Mapping[str, Any], path: Path) -> None:
+def _markdown(data: Mapping[str, Any], path: str) -> None:
     header, rows = table(data)
     lines = [f"# {data['model']}", "", *(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header)))]
     lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
     lines += ["", "Losses in nats a token over the dense model, bytes of the safetensors files.", ""]
     lines += [f"- {note}" for note in data["notes"]]
     lines.append(f"- calibration: {', '.join(data['text']) or 'no text'}, {data['recipe']['calibrate']}")
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with open(path, "w", encoding="utf-8") as file:
+        file.write("\n".join(lines) + "\n")
 
 
 def figure(data: Mapping[str, Any]) -> Any:

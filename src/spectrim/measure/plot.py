@@ -98,8 +98,9 @@ def write_markdown(data: Mapping[str, Any], file: Path) -> None:
     write_atomically(file, lambda path: _fill(path, content))
 
 
-def _fill(path: Path, content: str) -> None:
-    path.write_text(content, encoding="utf-8")
+def _fill(path: str, content: str) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(content)
 
 
 def _row(cells: Sequence[str]) -> str:
