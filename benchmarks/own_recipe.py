@@ -1,4 +1,4 @@
-"""Our own recipes against whitened SVD on one generated model of 106 M parameters: processor seconds and peak memory.
+"""Our own recipes against whitened SVD on one generated model of 106 M parameters: processor seconds.
 
 All calibrate on the same windows, the recipes' own number at the model's full length, decompose every matrix and
 write a checkpoint, `whitened` in pivot form too. Each repeat runs all of them in turn; that takes an hour, so one
